@@ -1,0 +1,163 @@
+"""The gate: may this student be trained from this artifact?
+
+    verdict = judge(manifest.inputs, student=identify("sft/"))
+    verdict.state       # "consistent", "inconsistent" or "unknown"
+
+Lightning OPD is unbiased only if the teacher that wrote the SFT data is the one that scored the rollouts
+(arXiv 2604.13010, section on teacher consistency). One pure function decides; `enforce` refuses for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from lopd_store.errors import ConsistencyError
+from lopd_store.identity import ModelIdentity
+from lopd_store.manifest import Inputs
+
+State = Literal["consistent", "inconsistent", "unknown"]
+ALLOW_UNKNOWN = "allow-unknown-sft-teacher"
+ALLOW_INCONSISTENT = "allow-inconsistent-teacher"
+OVERRIDES = (ALLOW_UNKNOWN, ALLOW_INCONSISTENT)
+TOKENIZER_FIELDS = ("tokenizer", "vocab_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One comparison that did not come out equal, with the two identities side by side."""
+
+    subject: Literal["teacher", "student", "tokenizer"]
+    state: State
+    reason: str
+    expected: ModelIdentity | None
+    actual: ModelIdentity | None
+    differences: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the gate found; consistent where there are no findings."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def state(self) -> State:
+        """The worst of the findings: inconsistent before unknown before consistent."""
+        states = {finding.state for finding in self.findings}
+        return "inconsistent" if "inconsistent" in states else "unknown" if states else "consistent"
+
+
+def judge(inputs: Inputs, student: ModelIdentity | None = None) -> Verdict:
+    """Compare SFT teacher with scoring teacher and, given a student, reference policy and tokenizers with it."""
+    findings = [_teacher(inputs)]
+    if student is not None:
+        findings += [_student(inputs, student), _tokenizer(inputs, student)]
+    return Verdict(findings=tuple(finding for finding in findings if finding is not None))
+
+
+def enforce(verdict: Verdict, overrides: Collection[str] = ()) -> tuple[str, ...]:
+    """Raise ConsistencyError unless consistent; returns the overrides that were needed, to be written down.
+
+    A tokenizer that differs is never overridden: ids would mean other text.
+    """
+    used: list[str] = []
+    for finding in verdict.findings:
+        override = ALLOW_UNKNOWN if finding.state == "unknown" else ALLOW_INCONSISTENT
+        allowed = finding.subject != "tokenizer"
+        if not (allowed and override in overrides):
+            raise ConsistencyError(
+                f"teacher consistency is {finding.state}: {finding.reason}",
+                expected=_describe(finding.expected, finding.differences),
+                actual=_describe(finding.actual, finding.differences),
+                hint=_hint(finding, override if allowed else None),
+            )
+        used.append(override)
+    return tuple(sorted(set(used)))
+
+
+def _teacher(inputs: Inputs) -> Finding | None:
+    if inputs.sft.teacher is None:
+        return Finding(
+            subject="teacher",
+            state="unknown",
+            reason="nothing says which teacher wrote the SFT data of the reference policy",
+            expected=inputs.teacher,
+            actual=None,
+            differences=(),
+        )
+    if differences := inputs.sft.teacher.differences(inputs.teacher):
+        return Finding(
+            subject="teacher",
+            state="inconsistent",
+            reason="the SFT data was written by another teacher than the one that scored the rollouts",
+            expected=inputs.sft.teacher,
+            actual=inputs.teacher,
+            differences=differences,
+        )
+    return None
+
+
+def _student(inputs: Inputs, student: ModelIdentity) -> Finding | None:
+    if inputs.rollouts is None:
+        return Finding(
+            subject="student",
+            state="unknown",
+            reason="nothing says which reference policy sampled the rollouts",
+            expected=None,
+            actual=student,
+            differences=(),
+        )
+    reference = inputs.rollouts.policy
+    if differences := reference.differences(student):
+        return Finding(
+            subject="student",
+            state="inconsistent",
+            reason="the student is not the reference policy that sampled the rollouts",
+            expected=reference,
+            actual=student,
+            differences=differences,
+        )
+    return None
+
+
+def _tokenizer(inputs: Inputs, student: ModelIdentity) -> Finding | None:
+    differences = tuple(name for name in inputs.teacher.differences(student) if name in TOKENIZER_FIELDS)
+    if not differences:
+        return None
+    return Finding(
+        subject="tokenizer",
+        state="inconsistent",
+        reason="the student's tokenizer is not the teacher's",
+        expected=inputs.teacher,
+        actual=student,
+        differences=differences,
+    )
+
+
+def _describe(identity: ModelIdentity | None, differences: tuple[str, ...]) -> str:
+    if identity is None:
+        return "unknown"
+    shown = [f"{name} {_short(getattr(identity, name))}" for name in differences or ("weights",)]
+    return f"{identity.name}  ({', '.join(shown)})"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[7:19]}…" if text.startswith("sha256:") else text
+
+
+def _hint(finding: Finding, override: str | None) -> str:
+    remedy = {
+        "teacher": {
+            "unknown": "name the SFT data or the SFT checkpoint with `lopd-store build --sft …`",
+            "inconsistent": "score the rollouts with the teacher that wrote the SFT data",
+        },
+        "student": {
+            "unknown": "sample the rollouts with `lopd-store generate`, which records the policy",
+            "inconsistent": "start from the checkpoint that sampled the rollouts, or sample new ones",
+        },
+        "tokenizer": {"inconsistent": "use a student with the teacher's tokenizer"},
+    }[finding.subject][finding.state]
+    return remedy if override is None else f"{remedy}; or, knowing that the gradient is biased, pass `--{override}`"

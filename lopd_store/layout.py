@@ -1,0 +1,39 @@
+"""Where things are in an artifact, and which paths a manifest may name.
+
+NAME/manifest.json  build.json  README.md  parts/00000.rollouts.parquet  parts/00000.tokens.zarr.zip  …
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+BUILD_RECORD = "build.json"
+CARD = "README.md"
+PARTS = "parts"
+BUILDING_SUFFIX = ".building"
+
+ROLLOUTS = "rollouts"
+TOKENS = "tokens"
+TOPK = "topk"
+FILE_KINDS = (ROLLOUTS, TOKENS, TOPK)
+_SUFFIXES = {ROLLOUTS: "rollouts.parquet", TOKENS: "tokens.zarr.zip", TOPK: "topk.zarr.zip"}
+
+MAX_PARTS = 100_000
+_PART_FILE = re.compile(r"parts/([0-9]{5})\.(rollouts\.parquet|tokens\.zarr\.zip|topk\.zarr\.zip)")
+
+
+def part_file(part: int, kind: str) -> str:
+    """The relative path of one file of a part, `parts/00003.topk.zarr.zip`."""
+    return f"{PARTS}/{part:05d}.{_SUFFIXES[kind]}"
+
+
+def is_part_file(path: str) -> bool:
+    """Whether this is a path that a manifest may name: nothing absolute, climbing or of another shape is."""
+    return _PART_FILE.fullmatch(path) is not None
+
+
+def building_directory(output: Path) -> Path:
+    """Where the build in progress of `output` lives until it is sealed."""
+    return output.with_name(output.name + BUILDING_SUFFIX)

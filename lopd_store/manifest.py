@@ -1,0 +1,244 @@
+"""The manifest: what is in an artifact, how to decode it, and where it came from.
+
+    manifest = parse(Path("artifact/manifest.json").read_bytes())
+    manifest.inputs.teacher.name, manifest.counts.positions
+
+It is written last, so an artifact without one is not an artifact, and the digest of its bytes, the fingerprint, names
+the artifact. It holds nothing that merely happened: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lopd_store import layout, strictjson
+from lopd_store.digest import XXH3_PATTERN, FileDigests, is_digest
+from lopd_store.encoding import Encoding
+from lopd_store.errors import ArtifactError
+from lopd_store.identity import ModelIdentity
+from lopd_store.provenance import RolloutsRecord, SftProvenance
+
+FORMAT = "lopd"
+MAJOR, MINOR = 1, 0
+VERSION = f"{MAJOR}.{MINOR}"
+MAX_MANIFEST_BYTES = 64 << 20
+_COUNT_LIMIT = 1 << 53
+_VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How much there is: rollouts, tokens (prompts included), positions, stored top-k entries."""
+
+    rollouts: int
+    tokens: int
+    positions: int
+    entries: int
+
+    def to_json(self) -> dict[str, int]:
+        """A JSON object with one member per field."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartEntry:
+    """One part: its counts, and path and digests of each of its files."""
+
+    counts: Counts
+    files: dict[str, FileDigests]  # by kind: rollouts, tokens, topk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How the teacher was run; log-probs are always raw, at temperature 1, over the full vocabulary."""
+
+    engine: str
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"engine": self.engine, "dtype": self.dtype, "logprobs": "raw", "temperature": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Where the artifact came from: what the gate compares."""
+
+    teacher: ModelIdentity
+    scoring: Scoring
+    sft: SftProvenance
+    rollouts_file: str  # digest
+    rollouts: RolloutsRecord | None  # None where the file named no policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A parsed manifest; `render` gives its bytes."""
+
+    counts: Counts
+    encoding: Encoding
+    inputs: Inputs
+    parts: tuple[PartEntry, ...]
+    reference_logprobs: bool  # whether every part has them
+    version: str = VERSION
+    annotations: Mapping[str, Any] = field(default_factory=dict)
+
+
+def render(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json; their digest is the fingerprint."""
+    inputs = manifest.inputs
+    return strictjson.pretty(
+        {
+            "format": FORMAT,
+            "version": manifest.version,
+            "counts": manifest.counts.to_json(),
+            "encoding": manifest.encoding.to_json(),
+            "reference_logprobs": manifest.reference_logprobs,
+            "inputs": {
+                "teacher": inputs.teacher.to_json(),
+                "scoring": inputs.scoring.to_json(),
+                "sft": inputs.sft.to_json(),
+                "rollouts_file": inputs.rollouts_file,
+                "rollouts": None if inputs.rollouts is None else inputs.rollouts.to_json(),
+            },
+            "parts": [_render_part(number, part) for number, part in enumerate(manifest.parts)],
+            "annotations": dict(manifest.annotations),
+        }
+    )
+
+
+def parse(data: bytes, *, where: str = layout.MANIFEST) -> Manifest:
+    """Parse and check the bytes of a manifest; raises ArtifactError with the place of what is wrong."""
+    value = strictjson.loads(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise ArtifactError(f"`{where}` is not the manifest of an artifact", expected=f'"format": "{FORMAT}"')
+    minor = _check_version(value.get("version"), where)
+    _members(
+        value,
+        {"format", "version", "counts", "encoding", "reference_logprobs", "inputs", "parts", "annotations"},
+        where,
+        open_ended=minor > MINOR,
+    )
+    inputs = value["inputs"]
+    _members(inputs, {"teacher", "scoring", "sft", "rollouts_file", "rollouts"}, f"{where}: inputs", minor > MINOR)
+    counts = _counts(value["counts"], f"{where}: counts")
+    parts = value["parts"]
+    if not isinstance(parts, list) or not 1 <= len(parts) <= layout.MAX_PARTS:
+        raise ArtifactError(f"`{where}: parts` is not a list of 1 to {layout.MAX_PARTS} parts")
+    entries = tuple(_part(part, number, f"{where}: parts[{number}]") for number, part in enumerate(parts))
+    for item in fields(Counts):
+        total = sum(getattr(entry.counts, item.name) for entry in entries)
+        if total != getattr(counts, item.name):
+            raise ArtifactError(
+                f"`{where}: counts.{item.name}` is not the sum over the parts",
+                expected=total,
+                actual=getattr(counts, item.name),
+            )
+    if type(value["reference_logprobs"]) is not bool or not isinstance(value["annotations"], dict):
+        raise ArtifactError(f"`{where}`: `reference_logprobs` is not true or false, or `annotations` not an object")
+    rollouts = inputs["rollouts"]
+    if not is_digest(inputs["rollouts_file"]):
+        raise ArtifactError(f"`{where}: inputs.rollouts_file` is not a digest")
+    return Manifest(
+        counts=counts,
+        encoding=Encoding.from_json(value["encoding"], where=f"{where}: encoding"),
+        inputs=Inputs(
+            teacher=ModelIdentity.from_json(inputs["teacher"], where="inputs.teacher"),
+            scoring=_scoring(inputs["scoring"], f"{where}: inputs.scoring"),
+            sft=SftProvenance.from_json(inputs["sft"], where="inputs.sft"),
+            rollouts_file=inputs["rollouts_file"],
+            rollouts=None if rollouts is None else RolloutsRecord.from_json(rollouts, where="inputs.rollouts"),
+        ),
+        parts=entries,
+        reference_logprobs=value["reference_logprobs"],
+        version=value["version"],
+        annotations=value["annotations"],
+    )
+
+
+def _check_version(version: Any, where: str) -> int:
+    match = _VERSION.fullmatch(version) if isinstance(version, str) else None
+    if match is None:
+        raise ArtifactError(f"`{where}: version` is not a version", expected="MAJOR.MINOR", actual=repr(version)[:100])
+    if int(match[1]) != MAJOR:
+        raise ArtifactError(
+            f"`{where}` has format version {version}, which this lopd does not read",
+            expected=f"{MAJOR}.x",
+            actual=version,
+            hint="pip install --upgrade lopd",
+        )
+    return int(match[2])
+
+
+def _members(value: Any, names: set[str], where: str, open_ended: bool = False) -> None:
+    if not isinstance(value, dict):
+        raise ArtifactError(f"`{where}` is not an object", actual=type(value).__name__)
+    if missing := names - set(value):
+        raise ArtifactError(f"`{where}` lacks {', '.join(f'`{name}`' for name in sorted(missing))}")
+    if not open_ended and (unknown := set(value) - names):
+        raise ArtifactError(
+            f"`{where}` has unknown members: {', '.join(f'`{name}`' for name in sorted(unknown))}",
+            hint="free-form data belongs in `annotations`",
+        )
+
+
+def _counts(value: Any, where: str) -> Counts:
+    _members(value, {item.name for item in fields(Counts)}, where)
+    for name, number in value.items():
+        if type(number) is not int or not 0 <= number < _COUNT_LIMIT:
+            raise ArtifactError(f"`{where}.{name}` is not a count", actual=repr(number)[:100])
+    return Counts(**value)
+
+
+def _scoring(value: Any, where: str) -> Scoring:
+    _members(value, {"engine", "dtype", "logprobs", "temperature"}, where)
+    if value["logprobs"] != "raw" or value["temperature"] != 1.0:
+        raise ArtifactError(
+            f"`{where}` says that the log-probs were processed",
+            expected="raw log-probs at temperature 1",
+            actual=f"{value['logprobs']!r} at temperature {value['temperature']!r}"[:200],
+        )
+    if not isinstance(value["engine"], str) or not isinstance(value["dtype"], str):
+        raise ArtifactError(f"`{where}` does not name an engine and a dtype")
+    return Scoring(engine=value["engine"], dtype=value["dtype"])
+
+
+def _render_part(number: int, part: PartEntry) -> dict[str, Any]:
+    return {
+        "counts": part.counts.to_json(),
+        "files": {
+            kind: {
+                "path": layout.part_file(number, kind),
+                "size": digests.size,
+                "sha256": digests.sha256,
+                "xxh3_128": digests.xxh3_128,
+            }
+            for kind, digests in part.files.items()
+        },
+    }
+
+
+def _part(value: Any, number: int, where: str) -> PartEntry:
+    _members(value, {"counts", "files"}, where)
+    _members(value["files"], set(layout.FILE_KINDS), f"{where}.files")
+    files = {}
+    for kind, entry in value["files"].items():
+        place = f"{where}.files.{kind}"
+        _members(entry, {"path", "size", "sha256", "xxh3_128"}, place)
+        if entry["path"] != layout.part_file(number, kind):
+            raise ArtifactError(
+                f"`{place}.path` is not a path of this part",
+                expected=layout.part_file(number, kind),
+                actual=repr(entry["path"])[:200],
+            )
+        if type(entry["size"]) is not int or not 0 <= entry["size"] < _COUNT_LIMIT:
+            raise ArtifactError(f"`{place}.size` is not a size", actual=repr(entry["size"])[:100])
+        if not is_digest(entry["sha256"]):
+            raise ArtifactError(f"`{place}.sha256` is not a digest", actual=repr(entry["sha256"])[:100])
+        if not isinstance(entry["xxh3_128"], str) or not XXH3_PATTERN.fullmatch(entry["xxh3_128"]):
+            raise ArtifactError(f"`{place}.xxh3_128` is not 32 hex digits", actual=repr(entry["xxh3_128"])[:100])
+        files[kind] = FileDigests(size=entry["size"], sha256=entry["sha256"], xxh3_128=entry["xxh3_128"])
+    return PartEntry(counts=_counts(value["counts"], f"{where}.counts"), files=files)

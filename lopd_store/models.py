@@ -1,0 +1,203 @@
+"""Models as they lie on disk or on the Hub: found, checked, loaded, and split into body and head.
+
+A model is named by a directory of safetensors, a GGUF file, or a Hub id (`owner/name` or `owner/name@revision`).
+Pickled weights are never opened. torch and transformers are imported only when something is loaded.
+
+    files = models.find("Qwen/Qwen3-8B")
+    tokenizer, model = models.load_tokenizer(files), models.load_model(files, dtype="bfloat16", device="cuda")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lopd_store.errors import DataError, InputError, UnavailableError
+
+if TYPE_CHECKING:
+    import torch
+
+PROVENANCE_FILE = "lopd-provenance.json"
+DTYPES = ("float32", "bfloat16", "float16")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """Where a model's files are, and what to call it."""
+
+    directory: Path
+    weights: tuple[Path, ...]  # sorted
+    gguf_file: str | None  # the file's name where the weights are GGUF
+    name: str  # Hub id, or the last component of the path
+    revision: str | None  # resolved Hub commit
+
+
+def find(model: str | Path) -> ModelFiles:
+    """Find a model's files: a directory of safetensors, a GGUF file, or a Hub id, which is downloaded."""
+    path = Path(model)
+    if path.is_dir():
+        return _in_directory(path, name=path.resolve().name, revision=None)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(
+                f"`{path}` is not a model",
+                expected="a directory of safetensors, a .gguf file, or a Hub id",
+                hint="name the directory that holds the file",
+            )
+        return ModelFiles(directory=path.parent, weights=(path,), gguf_file=path.name, name=path.name, revision=None)
+    if (match := _HUB_ID.fullmatch(str(model))) and not str(model).startswith((".", "/")):
+        return _on_hub(match[1], match[2])
+    raise InputError(
+        f"no model at `{model}`",
+        expected="a directory of safetensors, a .gguf file, or a Hub id such as `Qwen/Qwen3-8B`",
+        hint="check the path",
+    )
+
+
+def load_tokenizer(files: ModelFiles) -> Any:
+    """The tokenizer that belongs to a model, as transformers loads it; no code of the repository is run."""
+    from transformers import AutoTokenizer
+
+    options = {} if files.gguf_file is None else {"gguf_file": files.gguf_file}
+    try:
+        return AutoTokenizer.from_pretrained(files.directory, **options)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the tokenizer of `{files.name}` does not load: {_first_line(error)}",
+            hint="a model directory needs tokenizer.json beside its weights",
+        ) from error
+
+
+def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The causal language model, in evaluation mode, all weights in `dtype` on `device`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"use_safetensors": True} if files.gguf_file is None else {"gguf_file": files.gguf_file}
+    model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=getattr(torch, dtype), **options)
+    return model.to(device).eval()
+
+
+def copy_without_quantization(model: Any) -> Any:
+    """A GGUF-loaded model as an ordinary one that `save_pretrained` accepts; the weights are shared."""
+    config = type(model.config).from_dict(
+        {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    )
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitModel:
+    """A causal language model as its body and its head, so that full logits need never exist."""
+
+    body: Callable[..., Any]  # input_ids, attention_mask, … -> output with last_hidden_state [batch, length, width]
+    logits: Callable[[torch.Tensor], torch.Tensor]  # hidden states [n, width] -> float32 logits [n, output_width]
+    output_width: int
+
+
+def split(model: Any) -> SplitModel:
+    """Split a model, and prove on a short input that body and head give `model(...).logits`.
+
+    Raises DataError where they do not: a family that scales or caps its logits in a way we do not know.
+    """
+    import torch
+
+    body, head, cap = model.base_model, model.get_output_embeddings(), None
+    if getattr(model.config, "final_logit_softcapping", None):
+        cap = float(model.config.final_logit_softcapping)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = head(hidden).float()
+        return values if cap is None else cap * torch.tanh(values / cap)
+
+    probe = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=probe).logits.float()
+        actual = logits(body(input_ids=probe).last_hidden_state)
+    model.train(training)
+    if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise DataError(
+            f"the head of a `{type(model).__name__}` is not understood",
+            expected="logits equal to the model's own",
+            actual=f"a difference of up to {float((actual - expected).abs().max()):.3g}",
+            hint="please report the model family; its logits are scaled in a way that lopd does not know",
+        )
+    return SplitModel(body=body, logits=logits, output_width=head.weight.shape[0])
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence that the model was made for, or None where its config does not say."""
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a response: the generation config's and the tokenizer's, sorted."""
+    ids: set[int] = set()
+    for value in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        ids.update([] if value is None else [value] if isinstance(value, int) else value)
+    return tuple(sorted(ids))
+
+
+def default_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _in_directory(directory: Path, *, name: str, revision: str | None) -> ModelFiles:
+    weights = tuple(sorted(directory.glob("*.safetensors")))
+    if (directory / "adapter_config.json").is_file():
+        raise DataError(f"`{name}` is a PEFT adapter, not a whole model", hint="merge it into its base model first")
+    if not weights:
+        pickled = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLED)
+        if pickled:
+            raise DataError(
+                f"`{name}` has pickled weights, which can run code when opened",
+                expected="*.safetensors or a .gguf file",
+                actual=", ".join(pickled),
+                hint="convert them with `save_pretrained` on a machine that trusts them",
+            )
+        ggufs = sorted(file.name for file in directory.glob("*.gguf"))
+        raise DataError(
+            f"`{name}` has no weights",
+            expected="*.safetensors",
+            actual=", ".join(ggufs) or "none",
+            hint=f"name the file: `{directory / ggufs[0]}`" if ggufs else "check the path",
+        )
+    if not (directory / "config.json").is_file():
+        raise DataError(f"`{name}` has weights but no config.json", hint="copy it from where the weights came")
+    return ModelFiles(directory=directory, weights=weights, gguf_file=None, name=name, revision=revision)
+
+
+def _on_hub(repository: str, revision: str | None) -> ModelFiles:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"no model `{repository}`, neither a local path nor on the Hub",
+            hint="check the name; is it gated or private?",
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UnavailableError(f"`{repository}` could not be fetched: {_first_line(error)}") from error
+    return _in_directory(directory, name=repository, revision=directory.name)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

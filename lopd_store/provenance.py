@@ -1,0 +1,226 @@
+"""Provenance: small JSON records that the tools write into their own files, each carrying the one before it.
+
+    SFT data (a `rollouts` record whose policy is the SFT teacher)
+      -> SFT checkpoint (a `checkpoint` record, lopd-provenance.json beside the weights)
+        -> rollouts (a `rollouts` record in the Parquet schema) -> artifact (its manifest's `inputs`)
+
+A record says what its tool saw (`recorded`) or what a person claims (`declared`); the two are never mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from lopd_store import strictjson
+from lopd_store.digest import is_digest
+from lopd_store.errors import ArtifactError, InputError
+from lopd_store.identity import ModelIdentity
+from lopd_store.models import PROVENANCE_FILE
+
+Status = Literal["recorded", "declared", "unknown"]
+Method = Literal["sft", "opd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses were sampled: part of what the log-probs mean."""
+
+    temperature: float
+    top_p: float
+    max_response_tokens: int
+    samples_per_prompt: int
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with one member per field."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> Sampling:
+        """Parse what `to_json` gave."""
+        _members(value, {field.name for field in fields(cls)}, where)
+        for name, number in value.items():
+            kinds = (int, float) if name in ("temperature", "top_p") else (int,)
+            if type(number) not in kinds or number < 0:
+                raise ArtifactError(f"`{where}.{name}` is not a number that fits", actual=repr(number)[:100])
+        return cls(**value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutsRecord:
+    """Who sampled a file of rollouts (or of SFT data, which is the same thing by a teacher), from what, and how."""
+
+    status: Status
+    policy: ModelIdentity
+    policy_checkpoint: CheckpointRecord | None  # how the policy was made, where its directory says so
+    prompts: str  # digest of the prompts file
+    sampling: Sampling
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object, `"record": "rollouts"`."""
+        return {
+            "record": "rollouts",
+            "status": self.status,
+            "policy": self.policy.to_json(),
+            "policy_checkpoint": None if self.policy_checkpoint is None else self.policy_checkpoint.to_json(),
+            "prompts": self.prompts,
+            "sampling": self.sampling.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> RolloutsRecord:
+        """Parse what `to_json` gave; raises ArtifactError at any other shape."""
+        _members(value, {"record", "status", "policy", "policy_checkpoint", "prompts", "sampling"}, where)
+        if value["record"] != "rollouts":
+            raise ArtifactError(f"`{where}` is not a rollouts record", actual=repr(value["record"])[:100])
+        checkpoint = value["policy_checkpoint"]
+        return cls(
+            status=_status(value["status"], where),
+            policy=ModelIdentity.from_json(value["policy"], where=f"{where}.policy"),
+            policy_checkpoint=None
+            if checkpoint is None
+            else CheckpointRecord.from_json(checkpoint, where=f"{where}.policy_checkpoint"),
+            prompts=_digest(value["prompts"], f"{where}.prompts"),
+            sampling=Sampling.from_json(value["sampling"], where=f"{where}.sampling"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """How a checkpoint was trained: from which model, on which data, and who taught its SFT."""
+
+    status: Status
+    method: Method
+    model: ModelIdentity  # the checkpoint itself
+    base: ModelIdentity  # what the training started from
+    data: str  # digest of the SFT data file, or fingerprint of the artifact
+    sft: SftProvenance
+    overrides: tuple[str, ...] = ()  # gates that were overridden, by the names of their flags
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object, `"record": "checkpoint"`."""
+        return {
+            "record": "checkpoint",
+            "status": self.status,
+            "method": self.method,
+            "model": self.model.to_json(),
+            "base": self.base.to_json(),
+            "data": self.data,
+            "sft": self.sft.to_json(),
+            "overrides": list(self.overrides),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> CheckpointRecord:
+        """Parse what `to_json` gave; raises ArtifactError at any other shape."""
+        _members(value, {"record", "status", "method", "model", "base", "data", "sft", "overrides"}, where)
+        if value["record"] != "checkpoint" or value["method"] not in ("sft", "opd"):
+            raise ArtifactError(f"`{where}` is not a checkpoint record", actual=repr(value["record"])[:100])
+        overrides = value["overrides"]
+        if not isinstance(overrides, list) or not all(isinstance(name, str) for name in overrides):
+            raise ArtifactError(f"`{where}.overrides` is not a list of names")
+        return cls(
+            status=_status(value["status"], where),
+            method=value["method"],
+            model=ModelIdentity.from_json(value["model"], where=f"{where}.model"),
+            base=ModelIdentity.from_json(value["base"], where=f"{where}.base"),
+            data=_digest(value["data"], f"{where}.data"),
+            sft=SftProvenance.from_json(value["sft"], where=f"{where}.sft"),
+            overrides=tuple(overrides),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftProvenance:
+    """Which teacher wrote the SFT data of a policy; what the gate compares with the scoring teacher."""
+
+    status: Status
+    teacher: ModelIdentity | None
+    data: str | None  # digest of the SFT data file
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with one member per field."""
+        teacher = None if self.teacher is None else self.teacher.to_json()
+        return {"status": self.status, "teacher": teacher, "data": self.data}
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> SftProvenance:
+        """Parse what `to_json` gave; a status of `unknown` goes with no teacher, and only with none."""
+        _members(value, {"status", "teacher", "data"}, where)
+        status, teacher = _status(value["status"], where), value["teacher"]
+        if (status == "unknown") != (teacher is None):
+            raise ArtifactError(
+                f"`{where}` has status `{status}`, but its teacher is {'null' if teacher is None else 'named'}"
+            )
+        return cls(
+            status=status,
+            teacher=None if teacher is None else ModelIdentity.from_json(teacher, where=f"{where}.teacher"),
+            data=None if value["data"] is None else _digest(value["data"], f"{where}.data"),
+        )
+
+
+UNKNOWN_SFT = SftProvenance(status="unknown", teacher=None, data=None)
+
+
+def sft_of_policy(record: RolloutsRecord | None) -> SftProvenance:
+    """The SFT provenance that a rollouts record carries in its policy's checkpoint record, or unknown."""
+    if record is None or record.policy_checkpoint is None:
+        return UNKNOWN_SFT
+    if record.policy_checkpoint.model.differences(record.policy):
+        return UNKNOWN_SFT  # the record lay beside other weights than it speaks of
+    return record.policy_checkpoint.sft
+
+
+def sft_of_data(record: RolloutsRecord | None, digest: str) -> SftProvenance:
+    """The SFT provenance of a model trained on a data file with this record and digest."""
+    if record is None:
+        return UNKNOWN_SFT
+    return SftProvenance(status=record.status, teacher=record.policy, data=digest)
+
+
+def read_checkpoint_record(directory: Path) -> CheckpointRecord | None:
+    """The record beside a checkpoint's weights, or None where there is none."""
+    path = directory / PROVENANCE_FILE
+    if not path.is_file():
+        return None
+    return CheckpointRecord.from_json(strictjson.loads(path.read_bytes(), where=str(path)), where=path.name)
+
+
+def read_sft(path: Path) -> SftProvenance:
+    """What `build --sft RECORD` names: SFT data (Parquet), a checkpoint directory, or a checkpoint record."""
+    from lopd_store.digest import digest_file
+    from lopd_store.rollouts import read_record
+
+    if path.is_dir():
+        path = path / PROVENANCE_FILE
+    if not path.is_file():
+        raise InputError(f"no SFT provenance at `{path}`", hint="name SFT data, a checkpoint directory, or its record")
+    if path.suffix == ".parquet":
+        return sft_of_data(read_record(path), digest_file(path).sha256)
+    return CheckpointRecord.from_json(strictjson.loads(path.read_bytes(), where=str(path)), where=path.name).sft
+
+
+def _members(value: Any, names: set[str], where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ArtifactError(f"`{where}` is not an object", actual=type(value).__name__)
+    if set(value) != names:
+        unlike = ", ".join(f"`{name}`" for name in sorted(set(value) ^ names))
+        raise ArtifactError(f"`{where}` lacks members or has unknown ones: {unlike}")
+
+
+def _status(value: Any, where: str) -> Status:
+    if value not in ("recorded", "declared", "unknown"):
+        raise ArtifactError(
+            f"`{where}.status` is not known", expected="recorded, declared or unknown", actual=repr(value)[:100]
+        )
+    status: Status = value
+    return status
+
+
+def _digest(value: Any, where: str) -> str:
+    if not is_digest(value):
+        raise ArtifactError(f"`{where}` is not a digest", actual=repr(value)[:100])
+    return str(value)

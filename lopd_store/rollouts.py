@@ -1,0 +1,206 @@
+"""Rollouts as a Parquet file: one row per prompt and response, provenance in the schema metadata.
+
+The same file is SFT data when a teacher wrote it. Columns:
+
+    prompt, response        text, for people; training and scoring never read it
+    prompt_ids, response_ids    token ids as sampled, stop token included
+    loss_mask               one flag per response token; false where the policy did not sample it
+    logprobs                natural log at temperature 1 of each response token under the sampling policy (optional)
+    finish_reason           `stop` or `length`
+
+    file = RolloutsFile("rollouts.parquet")
+    rollouts = file.read(0, 100)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lopd_store import strictjson
+from lopd_store.digest import digest_file
+from lopd_store.errors import DataError, InputError
+from lopd_store.provenance import RolloutsRecord
+
+METADATA_KEY = b"lopd"
+ROWS_PER_GROUP = 1024
+FINISH_REASONS = ("stop", "length")
+SCHEMA = pa.schema(
+    [
+        ("prompt", pa.large_string()),
+        ("response", pa.large_string()),
+        ("prompt_ids", pa.large_list(pa.uint32())),
+        ("response_ids", pa.large_list(pa.uint32())),
+        ("loss_mask", pa.large_list(pa.bool_())),
+        ("logprobs", pa.large_list(pa.float32())),
+        ("finish_reason", pa.string()),
+    ]
+)
+_REQUIRED = ("prompt_ids", "response_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One prompt and one response as token ids."""
+
+    prompt_ids: npt.NDArray[np.uint32]
+    response_ids: npt.NDArray[np.uint32]
+    loss_mask: npt.NDArray[np.bool_]
+    logprobs: npt.NDArray[np.float32] | None
+    prompt: str | None
+    response: str | None
+    finish_reason: str | None
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.uint32]:
+        """Prompt and response, one after the other."""
+        return np.concatenate([self.prompt_ids, self.response_ids])
+
+
+def write_rollouts(path: Path, rows: Iterable[Mapping[str, Any]], record: RolloutsRecord | None) -> None:
+    """Write rows with the columns of SCHEMA; appears under `path` only when it is whole."""
+    schema = SCHEMA
+    if record is not None:
+        schema = schema.with_metadata({METADATA_KEY: strictjson.canonical(record.to_json())})
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+            group: list[Mapping[str, Any]] = []
+            for row in rows:
+                group.append(row)
+                if len(group) == ROWS_PER_GROUP:
+                    writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                    group = []
+            if group:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> RolloutsRecord | None:
+    """The provenance in a rollouts file's schema metadata, or None where there is none."""
+    return RolloutsFile(path).record
+
+
+class RolloutsFile:
+    """A rollouts file opened for reading: its lengths are in memory, its rows are read when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"no rollouts at `{path}`", hint="write them with `lopd-store generate`")
+        try:
+            self._file = pq.ParquetFile(self.path)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"`{path}` is not a Parquet file: {error}") from error
+        self.columns = frozenset(self._file.schema_arrow.names)
+        if missing := [name for name in _REQUIRED if name not in self.columns]:
+            raise DataError(
+                f"`{path}` has no column {', '.join(f'`{name}`' for name in missing)}",
+                expected=", ".join(SCHEMA.names),
+                actual=", ".join(self._file.schema_arrow.names),
+                hint="rollouts are token ids as sampled; write them with `lopd-store generate`",
+            )
+        metadata = self._file.schema_arrow.metadata or {}
+        self.record: RolloutsRecord | None = None
+        if METADATA_KEY in metadata:
+            value = strictjson.loads(metadata[METADATA_KEY], where=f"{path}: schema metadata")
+            self.record = RolloutsRecord.from_json(value, where=self.path.name)
+        self.prompt_lengths = self._lengths("prompt_ids")  # int64 [rollouts]
+        self.response_lengths = self._lengths("response_ids")  # int64 [rollouts]
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether every row could carry the sampling policy's log-probs."""
+        return "logprobs" in self.columns
+
+    def digest(self) -> str:
+        """The digest of the file."""
+        return digest_file(self.path).sha256
+
+    def read(self, start: int = 0, stop: int | None = None) -> list[Rollout]:
+        """Rows [start, stop) in file order; reads only the row groups that hold them."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        names = [name for name in SCHEMA.names if name in self.columns]
+        rows: list[Rollout] = []
+        first = 0
+        for group in range(self._file.num_row_groups):
+            count = self._file.metadata.row_group(group).num_rows
+            if first < stop and first + count > start:
+                table = self._file.read_row_group(group, columns=names)
+                lower = max(start - first, 0)
+                table = table.slice(lower, min(stop - first, count) - lower)
+                rows += self._rollouts(table, first + lower)
+            first += count
+        return rows
+
+    def _lengths(self, column: str) -> npt.NDArray[np.int64]:
+        import pyarrow.compute as pc
+
+        lengths = [
+            pc.list_value_length(batch.column(0)).fill_null(0).to_numpy(zero_copy_only=False)
+            for batch in self._file.iter_batches(columns=[column])
+        ]
+        return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64)
+
+    def _rollouts(self, table: pa.Table, first_row: int) -> list[Rollout]:
+        columns = {name: _values(table, name) for name in table.column_names}
+        absent = [None] * table.num_rows
+        rows = []
+        for i in range(table.num_rows):
+            where = f"`{self.path.name}`, row {first_row + i}"
+            prompt_ids = _ids(columns["prompt_ids"][i], f"{where}, `prompt_ids`")
+            response_ids = _ids(columns["response_ids"][i], f"{where}, `response_ids`")
+            mask = columns.get("loss_mask", absent)[i]
+            logprobs = columns.get("logprobs", absent)[i]
+            for name, value in (("loss_mask", mask), ("logprobs", logprobs)):
+                if value is not None and len(value) != len(response_ids):
+                    raise DataError(
+                        f"{where}: `{name}` does not fit the response",
+                        expected=f"{len(response_ids)} values, one per response token",
+                        actual=f"{len(value)} values",
+                    )
+            if logprobs is not None and not bool((np.asarray(logprobs) <= 0).all()):
+                raise DataError(f"{where}: a log-prob is not a number <= 0", actual=f"{np.max(logprobs)}")
+            rows.append(
+                Rollout(
+                    prompt_ids=prompt_ids,
+                    response_ids=response_ids,
+                    loss_mask=np.ones(len(response_ids), np.bool_) if mask is None else np.asarray(mask, np.bool_),
+                    logprobs=None if logprobs is None else np.asarray(logprobs, np.float32),
+                    prompt=columns.get("prompt", absent)[i],
+                    response=columns.get("response", absent)[i],
+                    finish_reason=columns.get("finish_reason", absent)[i],
+                )
+            )
+        return rows
+
+
+def _values(table: pa.Table, name: str) -> list[Any]:
+    """A column as one value per row: NumPy arrays for lists, str for text, None for null."""
+    column = table.column(name).combine_chunks()
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        return list(column.to_pylist())
+    offsets = column.offsets.to_numpy()
+    values = column.values.to_numpy(zero_copy_only=False)
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    return [values[offsets[i] : offsets[i + 1]] if valid[i] else None for i in range(len(column))]
+
+
+def _ids(values: npt.NDArray[Any] | None, where: str) -> npt.NDArray[np.uint32]:
+    if values is None or not np.issubdtype(values.dtype, np.integer):
+        raise DataError(f"{where} are not token ids", actual="null" if values is None else str(values.dtype))
+    if len(values) and (int(values.min()) < 0 or int(values.max()) >= 1 << 31):
+        raise DataError(f"{where} are not token ids", actual=f"from {values.min()} to {values.max()}")
+    return values.astype(np.uint32)

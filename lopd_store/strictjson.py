@@ -1,0 +1,81 @@
+"""JSON from strangers, read strictly: UTF-8, no duplicate names, no NaN, bounded size and depth."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from lopd_store.errors import ArtifactError
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 32
+_MAX_INTEGER_DIGITS = 20
+
+
+def loads(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> Any:
+    """Parse JSON bytes, refusing whatever two parsers could read differently. `where` names the source in errors."""
+    if len(data) > max_bytes:
+        raise ArtifactError(
+            f"`{where}` is too large to read", expected=f"at most {max_bytes} bytes", actual=f"{len(data)} bytes"
+        )
+    try:
+        text = data.decode("utf-8")
+        _check_depth(text, where)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_bounded_int, parse_float=_finite
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"`{where}` is not valid JSON: {error}") from error
+
+
+def canonical(value: Any) -> bytes:
+    """The one byte form of a JSON value that digests are taken over: sorted names, no white space."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def pretty(value: Any) -> bytes:
+    """The form in which we store JSON that people read: sorted names, two spaces, a final newline."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name `{twice}` occurs twice in one object")
+    return members
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"`{name}` is not a JSON number")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > _MAX_INTEGER_DIGITS:
+        raise ValueError(f"an integer has {len(digits)} digits, at most {_MAX_INTEGER_DIGITS} are read")
+    return int(digits)
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"`{literal}` does not fit a 64-bit float")
+    return number
+
+
+def _check_depth(text: str, where: str) -> None:
+    """Refuse deep nesting before the recursive parser sees it; brackets inside strings do not count."""
+    depth, in_string, escaped = 0, False, False
+    for char in text:
+        if in_string:
+            in_string = escaped or char != '"'
+            escaped = char == "\\" and not escaped
+        elif char == '"':
+            in_string = True
+        elif char in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        elif char in "]}":
+            depth -= 1

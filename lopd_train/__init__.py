@@ -1,0 +1,1 @@
+"""lopd_train: train a student from an artifact, without a teacher."""
