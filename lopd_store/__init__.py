@@ -10,8 +10,17 @@ Importing it imports no torch, transformers, typer or huggingface_hub; the calls
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from lopd_store.errors import ArtifactError, ConsistencyError, DataError, InputError, LopdError, UnavailableError
 from lopd_store.reader import Artifact, open
+from lopd_store.verifier import Report, verify
+
+if TYPE_CHECKING:
+    from lopd_store.builder import build
+    from lopd_store.hub import pull, push
+    from lopd_store.identity import identify
+    from lopd_store.sampler import generate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +30,23 @@ __all__ = [
     "DataError",
     "InputError",
     "LopdError",
+    "Report",
     "UnavailableError",
+    "build",
+    "generate",
+    "identify",
     "open",
+    "pull",
+    "push",
+    "verify",
 ]
+_LAZY = {"build": "builder", "generate": "sampler", "identify": "identity", "pull": "hub", "push": "hub"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the calls that need torch or the Hub only when they are used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module `lopd_store` has no attribute `{name}`")
+    from importlib import import_module
+
+    return getattr(import_module(f"lopd_store.{_LAZY[name]}"), name)

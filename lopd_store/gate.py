@@ -69,8 +69,8 @@ def enforce(verdict: Verdict, overrides: Collection[str] = ()) -> tuple[str, ...
         if not (allowed and override in overrides):
             raise ConsistencyError(
                 f"teacher consistency is {finding.state}: {finding.reason}",
-                expected=_describe(finding.expected, finding.differences),
-                actual=_describe(finding.actual, finding.differences),
+                expected=describe(finding.expected, finding.differences),
+                actual=describe(finding.actual, finding.differences),
                 hint=_hint(finding, override if allowed else None),
             )
         used.append(override)
@@ -136,7 +136,8 @@ def _tokenizer(inputs: Inputs, student: ModelIdentity) -> Finding | None:
     )
 
 
-def _describe(identity: ModelIdentity | None, differences: tuple[str, ...]) -> str:
+def describe(identity: ModelIdentity | None, differences: tuple[str, ...]) -> str:
+    """An identity in one line: its name and the fields in question, digests cut short."""
     if identity is None:
         return "unknown"
     shown = [f"{name} {_short(getattr(identity, name))}" for name in differences or ("weights",)]

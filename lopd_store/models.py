@@ -10,7 +10,8 @@ Pickled weights are never opened. torch and transformers are imported only when 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,23 @@ def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu"
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"use_safetensors": True} if files.gguf_file is None else {"gguf_file": files.gguf_file}
-    model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=getattr(torch, dtype), **options)
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=getattr(torch, dtype), **options)
     return model.to(device).eval()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence the progress bars of transformers, which say nothing while a model loads or saves in seconds."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def copy_without_quantization(model: Any) -> Any:

@@ -120,10 +120,9 @@ class RolloutsFile:
     def __len__(self) -> int:
         return int(self._file.metadata.num_rows)
 
-    @property
     def has_logprobs(self) -> bool:
-        """Whether every row could carry the sampling policy's log-probs."""
-        return "logprobs" in self.columns
+        """Whether every row carries the sampling policy's log-probs."""
+        return "logprobs" in self.columns and bool((self._lengths("logprobs") == self.response_lengths).all())
 
     def digest(self) -> str:
         """The digest of the file."""

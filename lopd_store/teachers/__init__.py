@@ -1,0 +1,53 @@
+"""Teacher engines: anything that gives the distributions of a model over given token ids.
+
+One file per engine behind one protocol; `load` picks by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lopd_store.errors import InputError
+from lopd_store.manifest import Scoring
+from lopd_store.rollouts import Rollout
+
+ENGINES = ("transformers",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutScores:
+    """The teacher on one rollout: row j speaks of response token j given everything before it."""
+
+    sampled_logprobs: npt.NDArray[np.float32]  # [positions]
+    ids: npt.NDArray[np.uint32]  # [positions, k]
+    logprobs: npt.NDArray[np.float32]  # [positions, k]
+    tail_logprobs: npt.NDArray[np.float32]  # [positions], mass outside the k columns
+    entropies: npt.NDArray[np.float32]  # [positions], in nats, of the full distribution
+
+
+class Teacher(Protocol):
+    """An engine with a model loaded."""
+
+    scoring: Scoring
+    context_length: int | None
+
+    def score(self, rollouts: Sequence[Rollout], k: int) -> Iterator[tuple[int, RolloutScores]]:
+        """Scores of every rollout with its index, in any order, each once.
+
+        Log-probs are natural logs at temperature 1 over the full vocabulary, in float32; the k ids are the most
+        likely ones below the tokenizer's `vocab_size`, and of equally likely ones those with the lowest ids.
+        """
+
+
+def load(engine: str, model: str, *, vocab_size: int, dtype: str, device: str, batch_tokens: int) -> Teacher:
+    """Load a teacher into an engine."""
+    if engine != "transformers":
+        raise InputError(f"there is no engine `{engine}`", expected=", ".join(ENGINES))
+    from lopd_store.teachers.transformers import TransformersTeacher
+
+    return TransformersTeacher(model, vocab_size=vocab_size, dtype=dtype, device=device, batch_tokens=batch_tokens)
