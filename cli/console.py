@@ -23,9 +23,10 @@ from rich.text import Text
 
 from lopd_store.errors import LopdError
 
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
-_answers = Console(highlight=False, soft_wrap=True)
+_PIPE_WIDTH = 160  # columns where stdout is a file or a pipe
 _LINE_EVERY_SECONDS = 30.0
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_answers = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def run(app: typer.Typer) -> NoReturn:

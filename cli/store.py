@@ -271,10 +271,7 @@ def _say_facts(facts: dict[str, Any]) -> None:
             ("format", f"lopd {facts['version']}, {facts['encoding']['profile']}"),
             ("rollouts", f"{counts['rollouts']:,} in {facts['parts']} parts"),
             ("positions", f"{counts['positions']:,} of {counts['tokens']:,} tokens"),
-            (
-                "top-k",
-                f"{facts['mean_k']} on average; at most {selection['k_max']}, coverage {selection['coverage']:g}",
-            ),
+            ("top-k", f"mean k {facts['mean_k']}; at most {selection['k_max']}, coverage {selection['coverage']:g}"),
             ("size", f"{facts['bytes']:,} bytes, {facts['bytes_per_position']} per position"),
             ("teacher", _model(facts["teacher"])),
             ("SFT teacher", f"{_model(sft['teacher']) if sft['teacher'] else 'unknown'} ({sft['status']})"),

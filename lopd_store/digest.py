@@ -50,6 +50,11 @@ def digest_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> Fi
     return FileDigests(size=size, sha256="sha256:" + sha.hexdigest(), xxh3_128=xxh.hexdigest())
 
 
+def digest_contents(data: bytes) -> FileDigests:
+    """What `digest_file` gives for a file with these bytes."""
+    return FileDigests(size=len(data), sha256=digest_bytes(data), xxh3_128=xxhash.xxh3_128_hexdigest(data))
+
+
 def is_digest(value: object) -> bool:
     """Whether this is a well-formed `sha256:<64 lowercase hex>`."""
     return isinstance(value, str) and DIGEST_PATTERN.fullmatch(value) is not None

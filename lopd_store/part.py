@@ -11,6 +11,7 @@ import math
 import warnings
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Part:
     reference_logprobs: npt.NDArray[np.float32] | None  # [positions]
     topk: TopK | None
 
-    @property
+    @cached_property
     def position_offsets(self) -> npt.NDArray[np.int64]:
         """Where each rollout's positions begin; [rollouts + 1]."""
         offsets = np.zeros(len(self.rollout_offsets), np.int64)

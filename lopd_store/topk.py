@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ class TopK:
     logprobs: Floats  # [entries]
     tail_logprobs: Floats  # [positions]
 
-    @property
+    @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
         """Where each position's entries begin in `ids` and `logprobs`; [positions + 1]."""
         offsets = np.zeros(len(self.counts) + 1, np.int64)

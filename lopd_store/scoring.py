@@ -1,0 +1,158 @@
+"""One part, from rollouts to files: scored by the teacher, rounded, written, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lopd_store import layout, strictjson, topk
+from lopd_store.digest import FileDigests, digest_contents
+from lopd_store.durable import write_durably
+from lopd_store.errors import DataError
+from lopd_store.manifest import Counts, PartEntry
+from lopd_store.part import Part, read_part, rollouts_file, round_part, tokens_file, topk_file
+from lopd_store.plan import Plan
+from lopd_store.rollouts import Rollout, RolloutsFile
+from lopd_store.teachers import RolloutScores, Teacher
+
+DONE = "done"
+
+
+def score_part(
+    plan: Plan, teacher: Teacher, number: int, on_positions: Callable[[int], None]
+) -> tuple[Part, dict[str, Any]]:
+    """One part in memory, rounded as it will be stored, and the columns of its rollouts table."""
+    start, stop = plan.parts[number]
+    rollouts = RolloutsFile(plan.rollouts_path).read(start, stop)
+    for row, rollout in enumerate(rollouts, start=start):
+        _check_rollout(rollout, f"rollout {row}", plan.inputs.teacher.vocab_size, teacher.context_length)
+    encoding = plan.encoding
+    sampled: list[Any] = [None] * len(rollouts)
+    kept: list[Any] = [None] * len(rollouts)
+    entropies = np.zeros(len(rollouts), np.float32)
+    for index, scores in teacher.score(rollouts, encoding.k_max):
+        _check_scores(scores, rollouts[index], f"rollout {start + index}")
+        sampled[index] = np.minimum(scores.sampled_logprobs, 0)
+        kept[index] = topk.select(
+            scores.ids,
+            np.minimum(scores.logprobs, 0),
+            scores.tail_logprobs,
+            k_min=encoding.k_min,
+            coverage=encoding.coverage,
+        )
+        entropies[index] = scores.entropies.mean() if len(scores.entropies) else 0
+        on_positions(len(scores.sampled_logprobs))
+    offsets = np.zeros(len(rollouts) + 1, np.int64)
+    np.cumsum([len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts], out=offsets[1:])
+    part = Part(
+        rollout_offsets=offsets,
+        prompt_lengths=np.array([len(rollout.prompt_ids) for rollout in rollouts], np.int32),
+        token_ids=np.concatenate([rollout.token_ids for rollout in rollouts]),
+        loss_mask=np.concatenate([rollout.loss_mask for rollout in rollouts]),
+        sampled_logprobs=np.concatenate(sampled).astype(np.float32),
+        reference_logprobs=_reference_logprobs(rollouts) if plan.reference_logprobs else None,
+        topk=topk.concatenate(kept),
+    )
+    columns = {
+        "prompt": [rollout.prompt for rollout in rollouts],
+        "response": [rollout.response for rollout in rollouts],
+        "finish_reason": [rollout.finish_reason for rollout in rollouts],
+        "prompt_length": part.prompt_lengths,
+        "response_length": np.array([len(rollout.response_ids) for rollout in rollouts], np.int32),
+        "mean_sampled_logprob": np.array([values.mean() if len(values) else 0 for values in sampled], np.float32),
+        "mean_entropy": entropies,
+    }
+    return round_part(part, encoding), columns
+
+
+def write_part(building: Path, number: int, part: Part, columns: dict[str, Any]) -> None:
+    """Write the files of a part, read them back, and note it as done; the note comes last."""
+    assert part.topk is not None
+    contents = {
+        layout.ROLLOUTS: rollouts_file(columns),
+        layout.TOKENS: tokens_file(part),
+        layout.TOPK: topk_file(part.topk),
+    }
+    paths = {kind: building / layout.part_file(number, kind) for kind in contents}
+    for kind, data in contents.items():
+        write_durably(paths[kind], data)
+    _check_written(part, read_part(paths[layout.TOKENS], paths[layout.TOPK]))
+    counts = Counts(
+        rollouts=len(part.prompt_lengths),
+        tokens=len(part.token_ids),
+        positions=len(part.sampled_logprobs),
+        entries=len(part.topk.ids),
+    )
+    files = {kind: asdict(digest_contents(data)) for kind, data in contents.items()}
+    note = strictjson.pretty({"counts": counts.to_json(), "files": files})
+    write_durably(_note(building, number), note)
+
+
+def is_done(building: Path, number: int) -> bool:
+    """Whether a part is written, all three files of it."""
+    return _note(building, number).is_file()
+
+
+def read_note(building: Path, number: int) -> PartEntry:
+    """What the manifest will say of a part that is done."""
+    path = _note(building, number)
+    note = strictjson.loads(path.read_bytes(), where=str(path))
+    files = {kind: FileDigests(**digests) for kind, digests in note["files"].items()}
+    return PartEntry(counts=Counts(**note["counts"]), files=files)
+
+
+def _note(building: Path, number: int) -> Path:
+    return building / DONE / f"{number:05d}.json"
+
+
+def _check_rollout(rollout: Rollout, where: str, vocab_size: int, context_length: int | None) -> None:
+    length = len(rollout.prompt_ids) + len(rollout.response_ids)
+    if len(rollout.prompt_ids) == 0:
+        raise DataError(f"{where} has no prompt", expected="one token at least: the first token has no distribution")
+    if int(rollout.token_ids.max()) >= vocab_size:
+        raise DataError(
+            f"{where} has an id that the teacher's tokenizer does not know",
+            expected=f"below {vocab_size}",
+            actual=int(rollout.token_ids.max()),
+        )
+    if context_length is not None and length > context_length:
+        raise DataError(
+            f"{where} is longer than the teacher's context",
+            expected=f"at most {context_length} tokens",
+            actual=f"{len(rollout.prompt_ids)} prompt + {len(rollout.response_ids)} response tokens",
+            hint="leave it out; a rollout is never cut",
+        )
+
+
+def _check_scores(scores: RolloutScores, rollout: Rollout, where: str) -> None:
+    rows = {len(scores.sampled_logprobs), len(scores.ids), len(scores.logprobs), len(scores.tail_logprobs)}
+    if rows != {len(rollout.response_ids)}:
+        raise DataError(
+            f"{where}: the teacher gave another number of rows", expected=len(rollout.response_ids), actual=rows
+        )
+    if (
+        np.isnan(scores.sampled_logprobs).any()
+        or np.isnan(scores.logprobs).any()
+        or np.isnan(scores.tail_logprobs).any()
+    ):
+        raise DataError(f"{where}: the teacher gave log-probs that are not numbers", hint="try `--dtype float32`")
+
+
+def _reference_logprobs(rollouts: list[Rollout]) -> Any:
+    return np.concatenate([rollout.logprobs for rollout in rollouts if rollout.logprobs is not None]).astype(np.float32)
+
+
+def _check_written(part: Part, read: Part) -> None:
+    """The writer's own check: what was written decodes to what was meant."""
+    assert part.topk is not None and read.topk is not None
+    for name in ("rollout_offsets", "prompt_lengths", "token_ids", "loss_mask", "sampled_logprobs"):
+        assert np.array_equal(getattr(part, name), getattr(read, name)), name
+    for name in ("counts", "ids", "logprobs", "tail_logprobs"):
+        assert np.array_equal(getattr(part.topk, name), getattr(read.topk, name)), name
+    if part.reference_logprobs is not None:
+        assert read.reference_logprobs is not None
+        assert np.array_equal(part.reference_logprobs, read.reference_logprobs)

@@ -1,0 +1,131 @@
+"""Who scores the parts: this process, or several of its kind.
+
+Every worker loads the teacher once and takes the next part that is missing. All use the same number of threads, so
+how many there are changes no byte.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lopd_store.errors import InputError
+from lopd_store.plan import Plan
+from lopd_store.rollouts import RolloutsFile
+from lopd_store.scoring import is_done, score_part, write_part
+from lopd_store.teachers import Teacher, load
+
+OnProgress = Callable[[int, int], None]  # positions scored so far, positions in all
+
+
+def score_parts(plan: Plan, building: Path, workers: int, on_progress: OnProgress | None) -> None:
+    """Score and write every part that is not done yet; a part that fails stops the build, the others stay."""
+    lengths = RolloutsFile(plan.rollouts_path).response_lengths
+    positions = [int(lengths[start:stop].sum()) for start, stop in plan.parts]
+    missing = [number for number in range(len(plan.parts)) if not is_done(building, number)]
+    before = sum(positions) - sum(positions[number] for number in missing)
+
+    def report(scored: int) -> None:
+        if on_progress is not None:
+            on_progress(before + scored, sum(positions))
+
+    report(0)
+    if not missing:
+        return
+    if workers == 1:
+        _score_here(plan, building, missing, report)
+    else:
+        _score_in_processes(plan, building, missing, min(workers, len(missing)), report)
+
+
+def count_workers(asked: int | None, plan: Plan) -> int:
+    """How many processes to use: as many as asked for, else one per processor; never more than there are parts."""
+    if asked is not None:
+        if asked < 1:
+            raise InputError("`workers` is out of range", expected="1 or more", actual=asked)
+        return min(asked, len(plan.parts))
+    if plan.device != "cpu":
+        return 1
+    return min(max(1, (os.cpu_count() or 1) // plan.threads), len(plan.parts))
+
+
+def _score_here(plan: Plan, building: Path, missing: list[int], report: Callable[[int], None]) -> None:
+    scored = 0
+
+    def on_positions(count: int) -> None:
+        nonlocal scored
+        scored += count
+        report(scored)
+
+    with _torch_threads(plan.threads):
+        teacher = _load_teacher(plan)
+        for number in missing:
+            write_part(building, number, *score_part(plan, teacher, number, on_positions))
+
+
+def _score_in_processes(
+    plan: Plan, building: Path, missing: list[int], workers: int, report: Callable[[int], None]
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    scored = context.Value("q", 0)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (plan, building, scored))
+    try:
+        waiting: set[Future[None]] = {pool.submit(_work, number) for number in missing}
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            report(scored.value)
+            for future in finished:
+                future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(plan: Plan, building: Path, scored: Any) -> None:
+    """Load the teacher once per process; Ctrl-C is the parent's to handle, after the part in hand."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(plan.threads)
+    _worker.update(plan=plan, building=building, scored=scored, teacher=_load_teacher(plan))
+
+
+_worker: dict[str, Any] = {}  # what one worker process keeps between parts
+
+
+def _work(number: int) -> None:
+    def on_positions(count: int) -> None:
+        with _worker["scored"].get_lock():
+            _worker["scored"].value += count
+
+    part, columns = score_part(_worker["plan"], _worker["teacher"], number, on_positions)
+    write_part(_worker["building"], number, part, columns)
+
+
+def _load_teacher(plan: Plan) -> Teacher:
+    inputs = plan.inputs
+    return load(
+        inputs.scoring.engine,
+        plan.teacher_path,
+        vocab_size=inputs.teacher.vocab_size,
+        dtype=inputs.scoring.dtype,
+        device=plan.device,
+        batch_tokens=plan.batch_tokens,
+    )
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
