@@ -1,7 +1,7 @@
 """The one module that prints: answers to stdout, everything else to stderr.
 
 Progress shows a rate and an estimate; where stderr is not a terminal it is a line every half minute. Colour is
-decoration: without it nothing is lost.
+decoration: without it nothing is lost. What comes from files of others is printed without its control characters.
 """
 
 from __future__ import annotations
@@ -17,46 +17,53 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn
+from typer.exceptions import TyperException
 
-from lopd_store.errors import LopdError
+import lopd_store
+from lopd_store.errors import InputError, LopdError
 
-_PIPE_WIDTH = 160  # columns where stdout is a file or a pipe
+_INTERRUPTED = 130
 _LINE_EVERY_SECONDS = 30.0
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
-_answers = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def run(app: typer.Typer) -> NoReturn:
     """Run a command line and leave with its exit code: 0 fine, 1 wrong, 2 usage, 3 could not tell, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not _stderr.is_terminal:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would fill a log
     try:
         code = app(standalone_mode=False) or 0
     except LopdError as error:
         fail(error)
         code = error.exit_code
-    except KeyboardInterrupt:
-        note("interrupted; run the same command again to go on")
-        code = 130
+    except TyperException as error:
+        code = _fail_usage(error)
     except (OSError, MemoryError) as error:
-        _errors.print(f"[bold red]error[/]: {escape(str(error) or type(error).__name__)}")
+        fail(LopdError(str(error) or type(error).__name__))
         code = 3
-    except Exception as error:  # noqa: BLE001 - the one handler; typer's own errors end here too
-        code = _typer_exit(error)
+    if code == _INTERRUPTED:
+        note("interrupted; run the same command again, and it goes on where it can")
     sys.exit(code)
+
+
+def show_version(wanted: bool) -> None:
+    """What `--version` does."""
+    if wanted:
+        say(f"lopd {lopd_store.__version__}")
+        raise typer.Exit
 
 
 def fail(error: LopdError) -> None:
     """Print an error: where, expected, actual, hint."""
     code = f"\\[{error.code}]" if error.code else ""
-    _errors.print(f"[bold red]error{code}[/]: {escape(str(error))}")
+    _stderr.print(f"[bold red]error{code}[/]: {escape(_printable(str(error)))}")
 
 
 def note(text: str) -> None:
     """A line for people, on stderr."""
-    _errors.print(escape(text))
+    _stderr.print(escape(_printable(text)))
 
 
 def answer(value: Any) -> None:
@@ -66,17 +73,15 @@ def answer(value: Any) -> None:
 
 def say(text: str) -> None:
     """The answer in words, on stdout."""
-    _answers.print(escape(text))
+    print(_printable(text))
 
 
 def table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = ()) -> None:
-    """A table on stdout; without a header it is a list of names and values."""
-    grid = Table(show_header=bool(header), box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in header or [""] * len(rows[0]):
-        grid.add_column(name, overflow="fold")
-    for row in rows:
-        grid.add_row(*(escape(str(cell)) for cell in row))
-    _answers.print(grid)
+    """A table on stdout; without a header it is a list of names and values. Lines are as long as they need to be."""
+    cells = [[_printable(str(cell), "") for cell in row] for row in ([header] if header else []) + list(rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 class Meter:
@@ -84,59 +89,79 @@ class Meter:
 
     def __init__(self, description: str, unit: str, bar: Progress | None) -> None:
         self._description, self._unit, self._bar = description, unit, bar
-        self._task = None if bar is None else bar.add_task(description, total=None, unit=unit, text="")
-        self._started = self._last_line = time.monotonic()
+        self._task = None if bar is None else bar.add_task(description, total=None, words="…")
+        self._first: tuple[float, float] | None = None  # when the first update came, and how much was done by then
+        self._last_line = time.monotonic()
 
     def update(self, done: float, total: float | None = None, text: str = "") -> None:
         """Say how much is done, of how much, with a few words more where there are any."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, text=escape(text))
-            return
         now = time.monotonic()
-        if now - self._last_line >= _LINE_EVERY_SECONDS:
+        self._first = self._first or (now, done)
+        if self._bar is not None and self._task is not None:
+            self._bar.start()
+            self._bar.update(self._task, completed=done, total=total, words=escape(self._words(now, done, total, text)))
+            if done == total:
+                self._bar.stop()  # what comes next may have a bar of its own
+        elif now - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = now
-            rate = done / (now - self._started)
-            left = f", {_duration((total - done) / rate)} left" if total and rate else ""
-            whole = f" of {total:,.0f}" if total else ""
-            note(f"{self._description}: {done:,.0f}{whole} {self._unit}, {rate:,.1f}/s{left} {text}".rstrip())
+            note(f"{self._description}: {self._words(now, done, total, text)}")
+
+    def _words(self, now: float, done: float, total: float | None, text: str) -> str:
+        """For example `1,200 of 4,800 positions, 350 positions/s, 0:10 left`."""
+        assert self._first is not None
+        since, before = self._first
+        words = [_amount(done, self._unit)]
+        if total is not None:
+            begun = words[0] if self._unit == "bytes" else f"{done:,.0f}"
+            words = [f"{begun} of {_amount(total, self._unit)}"]
+        if (rate := (done - before) / (now - since) if now > since else 0) > 0:
+            words.append(f"{_amount(rate, self._unit)}/s")
+            if total is not None and done < total:
+                words.append(f"{_duration((total - done) / rate)} left")
+        return ", ".join([*words, text] if text else words)
 
 
 @contextmanager
-def progress(description: str, unit: str) -> Iterator[Meter]:
-    """A progress bar on a terminal, a line now and then elsewhere."""
-    if not _errors.is_terminal:
+def progress(description: str, unit: str, *, at_once: bool = True) -> Iterator[Meter]:
+    """A progress bar on a terminal, a line now and then elsewhere; it waits for the first update unless `at_once`."""
+    if not _stderr.is_terminal:
         yield Meter(description, unit, None)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=_errors, transient=True) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}"))
+    bar = Progress(*columns, console=_stderr, transient=True)
+    if at_once:
+        bar.start()
+    try:
         yield Meter(description, unit, bar)
+    finally:
+        bar.stop()
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} {task.fields['unit']}/s" if task.speed else "")
+def _fail_usage(error: TyperException) -> int:
+    """Print what typer says about the command line in the form of our own errors."""
+    command = getattr(getattr(error, "ctx", None), "command_path", "")
+    if message := error.format_message():  # none where a bare command has printed its help
+        fail(InputError(message, hint=f"see `{command} --help`" if command else None))
+    return error.exit_code
 
 
-def _typer_exit(error: Exception) -> int:
-    """Exit code of what typer raises; anything else is a bug and keeps its traceback."""
-    if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error
-        error.show()
-        return int(error.exit_code)
-    if isinstance(error, typer.Exit):
-        return int(error.exit_code)
-    if isinstance(error, typer.Abort):
-        return 130
-    raise error
+def _amount(number: float, unit: str) -> str:
+    """`12.3 MB` for bytes, else the number with its unit."""
+    if unit != "bytes":
+        return f"{number:,.0f} {unit}" if number >= 10 else f"{number:.3g} {unit}"
+    for name in ("bytes", "kB", "MB", "GB"):
+        if number < 1000 or name == "GB":
+            break
+        number /= 1000
+    return f"{number:,.0f} {name}" if name == "bytes" else f"{number:,.1f} {name}"
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _printable(text: str, allowed: str = "\n") -> str:
+    """The text with control characters spelled out, so that a name in a file cannot drive the terminal."""
+    return "".join(char if char.isprintable() or char in allowed else repr(char)[1:-1] for char in text)

@@ -10,7 +10,7 @@ import typer
 
 import lopd_store
 from lopd_store import gate
-from lopd_store.errors import InputError
+from lopd_store.errors import ConsistencyError, InputError
 from lopd_store.reader import Artifact
 
 from . import console
@@ -38,29 +38,60 @@ class Engine(StrEnum):
     transformers = "transformers"
 
 
+def _choices(kind: type[StrEnum]) -> str:
+    return ", ".join(kind)
+
+
+SAMPLING, STORED, RUNNING = "Sampling", "What is stored", "How it runs"  # headings in the help
+
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
-ModelOption = Annotated[str, typer.Option(help="A directory of safetensors, a GGUF file, or a Hub id.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
+ModelOption = Annotated[
+    str, typer.Option(metavar="MODEL", help="A directory of safetensors, a GGUF file, or a Hub id.")
+]
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's directory.")]
+RepositoryArgument = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A dataset repository on the Hub.")]
+DtypeOption = Annotated[Dtype, typer.Option(metavar="DTYPE", help=_choices(Dtype), rich_help_panel=RUNNING)]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu or cuda; by default cuda where there is one.", rich_help_panel=RUNNING),
+]
+
+
+@app.callback()
+def lopd_store_command(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=console.show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that go before a command."""
 
 
 @app.command()
 def generate(
     model: ModelOption,
-    prompts: Annotated[Path, typer.Option(help="JSONL, JSON or Parquet with `prompt` or `messages`.")],
-    output: Annotated[Path, typer.Option(help="The rollouts file to write, NAME.parquet.")],
-    n: Annotated[int, typer.Option("--n", help="Responses per prompt.")] = 1,
-    temperature: Annotated[float, typer.Option(help="1 samples from the model itself; 0 is greedy.")] = 1.0,
-    top_p: float = 1.0,
-    max_response_tokens: int = 512,
-    limit: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    dtype: Dtype = Dtype.float32,
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="JSONL, JSON or Parquet with `prompt` or `messages`.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The rollouts to write, NAME.parquet.")],
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first prompts.")] = None,
+    n: Annotated[int, typer.Option("--n", metavar="N", help="Responses per prompt.", rich_help_panel=SAMPLING)] = 1,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="1 is the model itself; 0 is greedy.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw from this much of the mass.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    max_response_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Stop a response here.", rich_help_panel=SAMPLING)
+    ] = 512,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random numbers.", rich_help_panel=SAMPLING)] = 0,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Responses sampled at a time.", rich_help_panel=RUNNING)
+    ] = 16,
+    dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = None,
     json: Json = False,
 ) -> None:
-    """Sample responses: SFT data with the teacher, rollouts with the student."""
-    with console.progress("generate", "tokens") as meter:
+    """Sample SFT data with the teacher, or rollouts with the student."""
+    with console.progress("generate", "responses") as meter:
         result = lopd_store.generate(
             model=model,
             prompts=prompts,
@@ -74,9 +105,7 @@ def generate(
             limit=limit,
             dtype=dtype.value,
             device=device,
-            on_progress=lambda done, total, tokens: meter.update(
-                tokens, None if not done else tokens / done * total, f"{done} of {total} responses"
-            ),
+            on_progress=lambda done, total, tokens: meter.update(done, total, f"{tokens:,} tokens"),
         )
     if json:
         console.answer({**vars(result), "output": str(result.output)})
@@ -90,25 +119,46 @@ def generate(
 @app.command()
 def build(
     teacher: ModelOption,
-    rollouts: Annotated[Path, typer.Option(help="Rollouts of the reference policy, NAME.parquet.")],
-    output: Annotated[Path, typer.Option(help="The artifact to make, a directory.")],
+    rollouts: Annotated[Path, typer.Option(metavar="FILE", help="Rollouts of the reference policy, NAME.parquet.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The artifact to make.")],
     sft: Annotated[
-        Path | None, typer.Option(help="SFT data, checkpoint or record, where the rollouts do not carry it.")
+        Path | None,
+        typer.Option(metavar="PATH", help="SFT data, checkpoint or record, where the rollouts carry none."),
     ] = None,
-    k_max: Annotated[int, typer.Option(help="At most this many ids per position.")] = 64,
-    k_min: Annotated[int, typer.Option(help="At least this many.")] = 1,
-    coverage: Annotated[float, typer.Option(help="Stop once this much mass is stored; 1 keeps k_max.")] = 0.99,
-    exact: Annotated[bool, typer.Option("--exact", help="Keep float32 log-probs, unrounded.")] = False,
-    engine: Engine = Engine.transformers,
-    dtype: Dtype = Dtype.float32,
+    k_max: Annotated[
+        int, typer.Option(metavar="K", help="At most this many ids per position.", rich_help_panel=STORED)
+    ] = 64,
+    k_min: Annotated[int, typer.Option(metavar="K", help="At least this many.", rich_help_panel=STORED)] = 1,
+    coverage: Annotated[
+        float,
+        typer.Option(metavar="P", help="Stop once this much mass is stored; 1 keeps k-max.", rich_help_panel=STORED),
+    ] = 0.99,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Keep float32 log-probs, unrounded.", rich_help_panel=STORED)
+    ] = False,
+    engine: Annotated[
+        Engine, typer.Option(metavar="ENGINE", help=_choices(Engine), rich_help_panel=RUNNING)
+    ] = Engine.transformers,
+    dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; by default one per processor.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads of each worker.")] = 1,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens per forward pass, padding included.")] = 4096,
-    part_positions: Annotated[int | None, typer.Option(help="Positions per part; by default up to 2^20.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes; by default one per processor.", rich_help_panel=RUNNING),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(metavar="N", min=1, help="CPU threads of each worker.", rich_help_panel=RUNNING)
+    ] = 1,
+    batch_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Tokens per forward pass, padding included.", rich_help_panel=RUNNING),
+    ] = 4096,
+    part_positions: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Positions per part; by default up to 2^20.", rich_help_panel=RUNNING),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Score rollouts with the teacher and seal the result as an artifact."""
+    """Score rollouts with the teacher and seal them as an artifact."""
     with console.progress("build", "positions") as meter:
         artifact = lopd_store.build(
             teacher=teacher,
@@ -128,21 +178,14 @@ def build(
             part_positions=part_positions,
             on_progress=meter.update,
         )
-    facts = _facts(artifact)
-    if json:
-        console.answer(facts)
-        return
-    _say_facts(facts)
-    if facts["consistency"] != "consistent":
-        finding = gate.judge(artifact.manifest.inputs).findings[0]
-        console.note(f"note: training will refuse this artifact: {finding.reason}")
+    _answer(artifact, json)
 
 
 @app.command()
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's directory.")],
+    artifact: ArtifactArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Sizes and xxh3 only.")] = False,
-    student: Annotated[str | None, typer.Option(help="Also ask the gate about this student.")] = None,
+    student: Annotated[str | None, typer.Option(metavar="MODEL", help="Also ask the gate about this student.")] = None,
     json: Json = False,
 ) -> None:
     """Check every byte, every structure and every value of an artifact."""
@@ -152,7 +195,8 @@ def verify(
     if json:
         console.answer(report.to_json())
     elif report.ok:
-        console.say(f"ok: {artifact}, {report.files} files, {report.bytes:,} bytes, {report.fingerprint}")
+        depth = "sizes and xxh3 only, " if quick else ""
+        console.say(f"ok: {artifact}, {report.files} files, {report.bytes:,} bytes, {depth}{report.fingerprint}")
     else:
         for finding in report.findings:
             console.fail(finding.to_error())
@@ -161,19 +205,19 @@ def verify(
 
 @app.command()
 def inspect(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's directory.")],
-    rollout: Annotated[int | None, typer.Option(help="Show this rollout token by token.")] = None,
-    model: Annotated[str | None, typer.Option(help="Whose tokenizer turns ids into text, for --rollout.")] = None,
+    artifact: ArtifactArgument,
+    rollout: Annotated[int | None, typer.Option(metavar="I", help="Show this rollout token by token.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Whose tokenizer turns ids into text, for --rollout.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show what is in an artifact and where it came from."""
+    if model is not None and rollout is None:
+        raise InputError("`--model` goes with `--rollout`", hint=f"lopd-store inspect {artifact} --rollout 0")
     opened = lopd_store.open(artifact)
     if rollout is None:
-        facts = _facts(opened)
-        if json:
-            console.answer(facts)
-        else:
-            _say_facts(facts)
+        _answer(opened, json)
         return
     positions = _positions(opened, rollout, model)
     if json:
@@ -181,7 +225,7 @@ def inspect(
         return
     console.table(
         [
-            (p["position"], _shown(p["token"]), f"{p['sampled_logprob']:.3f}", "" if p["loss"] else "no", _top(p))
+            (p["position"], _shown(p), f"{p['sampled_logprob']:.3f}", "" if p["loss"] else "no", _top(p))
             for p in positions
         ],
         header=("position", "token", "teacher", "loss", "top-5 of the teacher"),
@@ -190,8 +234,8 @@ def inspect(
 
 @app.command()
 def push(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's directory.")],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME")],
+    artifact: ArtifactArgument,
+    repository: RepositoryArgument,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     json: Json = False,
 ) -> None:
@@ -201,32 +245,32 @@ def push(
     if json:
         console.answer(vars(pushed))
     else:
-        console.say(f"{pushed.url} at {pushed.tag}\n{pushed.fingerprint}")
+        console.say(f"{pushed.url}\n{pushed.fingerprint}")
 
 
 @app.command()
 def pull(
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME")],
-    output: Annotated[Path, typer.Option(help="The directory to make.")],
-    fingerprint: Annotated[str | None, typer.Option(help="Accept this artifact and no other.")] = None,
-    revision: Annotated[str | None, typer.Option(help="A tag, branch or commit.")] = None,
+    repository: RepositoryArgument,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The directory to make.")],
+    fingerprint: Annotated[
+        str | None, typer.Option(metavar="SHA256", help="Accept this artifact and no other.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="A tag, branch or commit.")] = None,
     json: Json = False,
 ) -> None:
     """Download an artifact from the Hub and verify it."""
-    with console.progress("verify", "bytes") as meter:
+    with console.progress("verify", "bytes", at_once=False) as meter:
         artifact = lopd_store.pull(
             repository, output=output, fingerprint=fingerprint, revision=revision, on_bytes=meter.update
         )
-    facts = _facts(artifact)
-    if json:
-        console.answer(facts)
-    else:
-        _say_facts(facts)
+    _answer(artifact, json)
 
 
 @app.command()
 def identity(
-    model: Annotated[str, typer.Argument(help="A directory of safetensors, a GGUF file, or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory of safetensors, a GGUF file, or a Hub id.")
+    ],
     json: Json = False,
 ) -> None:
     """Print the digests that say which model this is."""
@@ -235,6 +279,19 @@ def identity(
         console.answer(facts)
     else:
         console.table([(name, "none" if value is None else value) for name, value in facts.items()])
+
+
+def _answer(artifact: Artifact, json: bool) -> None:
+    """Say what is in an artifact, and on stderr whether training will refuse it."""
+    facts = _facts(artifact)
+    if json:
+        console.answer(facts)
+    else:
+        _say_facts(facts)
+    try:
+        gate.enforce(gate.judge(artifact.manifest.inputs))
+    except ConsistencyError as error:
+        console.note(f"note: training will refuse this artifact: {error}")
 
 
 def _facts(artifact: Artifact) -> dict[str, Any]:
@@ -269,12 +326,13 @@ def _say_facts(facts: dict[str, Any]) -> None:
             ("artifact", facts["path"]),
             ("fingerprint", facts["fingerprint"]),
             ("format", f"lopd {facts['version']}, {facts['encoding']['profile']}"),
-            ("rollouts", f"{counts['rollouts']:,} in {facts['parts']} parts"),
+            ("rollouts", f"{counts['rollouts']:,}"),
             ("positions", f"{counts['positions']:,} of {counts['tokens']:,} tokens"),
+            ("parts", f"{facts['parts']:,}"),
             ("top-k", f"mean k {facts['mean_k']}; at most {selection['k_max']}, coverage {selection['coverage']:g}"),
             ("size", f"{facts['bytes']:,} bytes, {facts['bytes_per_position']} per position"),
             ("teacher", _model(facts["teacher"])),
-            ("SFT teacher", f"{_model(sft['teacher']) if sft['teacher'] else 'unknown'} ({sft['status']})"),
+            ("SFT teacher", f"{_model(sft['teacher'])} ({sft['status']})" if sft["teacher"] else "unknown"),
             ("reference policy", _model(rollouts["policy"]) if rollouts else "unknown"),
             ("consistency", facts["consistency"]),
         ]
@@ -312,9 +370,9 @@ def _positions(artifact: Artifact, rollout: int, model: str | None) -> list[dict
 
 
 def _decoder(artifact: Artifact, model: str | None) -> Any:
-    """Turns an id into text with the tokenizer of `model`, which must be the artifact's; without one, into `#id`."""
+    """Turns an id into text with the tokenizer of `model`, which must be the artifact's; without one, into None."""
     if model is None:
-        return lambda id: f"#{id}"
+        return lambda id: None
     from lopd_store import models
     from lopd_store.identity import tokenizer_digest
 
@@ -325,12 +383,14 @@ def _decoder(artifact: Artifact, model: str | None) -> Any:
     return lambda id: tokenizer.decode([id])
 
 
-def _shown(token: str) -> str:
-    return token if token.startswith("#") else repr(token)
+def _shown(entry: dict[str, Any]) -> str:
+    """A token in quotes; one without text, or a piece of a character, by its id."""
+    token = entry["token"]
+    return f"#{entry['id']}" if token is None or "\N{REPLACEMENT CHARACTER}" in token else repr(token)
 
 
 def _top(position: dict[str, Any]) -> str:
-    return "  ".join(f"{_shown(entry['token'])} {entry['logprob']:.2f}" for entry in position["top"])
+    return "  ".join(f"{_shown(entry)} {entry['logprob']:.2f}" for entry in position["top"])
 
 
 def main() -> None:

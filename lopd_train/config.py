@@ -1,0 +1,98 @@
+"""The settings of a run: one value for both methods, checked when it is made.
+
+    SFT, OPD                                the published recipes
+    replace(OPD, steps=100, seed=1)         a run of one's own
+
+Where things lie is said to `train_sft` and `train_opd`; how to train is said here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from lopd_store.errors import InputError
+from lopd_store.models import default_device
+
+Schedule = Literal["constant", "cosine"]
+Dtype = Literal["float32", "bfloat16"]
+# These change how fast a run goes and what it needs, not what it computes, so a resumed run may change them.
+FREE_TO_CHANGE = frozenset({"device", "micro_batch_tokens", "gradient_checkpointing", "checkpoint_every"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. The defaults are those of Lightning OPD (arXiv 2604.13010)."""
+
+    steps: Annotated[int | None, "Optimiser steps; by default as many as `epochs` asks for."] = None
+    epochs: Annotated[float, "Passes over the training rollouts, where `steps` is not given."] = 1.0
+    learning_rate: Annotated[float, "Peak learning rate."] = 2e-6
+    schedule: Annotated[Schedule, "Learning rate after the warm-up; cosine falls to 0."] = "constant"
+    warmup_steps: Annotated[int, "Steps over which the learning rate rises linearly from 0."] = 0
+    weight_decay: Annotated[float, "AdamW's weight decay, on matrices only."] = 0.1
+    betas: Annotated[tuple[float, float], "AdamW's two decay rates."] = (0.9, 0.98)
+    clip_norm: Annotated[float, "Greatest norm of the gradient."] = 1.0
+    batch_rollouts: Annotated[int, "Rollouts per optimiser step; all of them where there are fewer."] = 256
+    micro_batch_tokens: Annotated[int, "Padded tokens per forward pass; a longer rollout goes alone."] = 8192
+    seed: Annotated[int, "Seed of the data order and of the held-out split."] = 0
+    dtype: Annotated[Dtype, "Arithmetic of the forward pass, and the output's dtype."] = "float32"
+    device: Annotated[str | None, "cpu, cuda, cuda:1, …; by default a GPU where there is one."] = None
+    gradient_checkpointing: Annotated[bool, "Recompute activations instead of keeping them."] = False
+    eval_every: Annotated[int, "Steps between evaluations; there is one before and one after in any case."] = 25
+    eval_fraction: Annotated[float, "Share of the prompts held out for evaluation; 0 for none."] = 0.05
+    checkpoint_every: Annotated[int, "Steps between checkpoints to resume from."] = 25
+
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("steps", self.steps is None or self.steps >= 1, "1 or more"),
+            ("epochs", 0 < self.epochs < math.inf, "above 0"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
+            ("schedule", self.schedule in get_args(Schedule), " or ".join(get_args(Schedule))),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
+            ("clip_norm", 0 < self.clip_norm < math.inf, "above 0"),
+            ("batch_rollouts", self.batch_rollouts >= 1, "1 or more"),
+            ("micro_batch_tokens", self.micro_batch_tokens >= 1, "1 or more"),
+            ("seed", 0 <= self.seed < 1 << 63, "0 to 2^63 - 1"),
+            ("dtype", self.dtype in get_args(Dtype), " or ".join(get_args(Dtype))),
+            ("eval_every", self.eval_every >= 1, "1 or more"),
+            ("eval_fraction", 0 <= self.eval_fraction < 1, "from 0 to below 1"),
+            ("checkpoint_every", self.checkpoint_every >= 1, "1 or more"),
+        ):
+            if not fits:
+                raise InputError(
+                    f"the setting `{name}` is out of range",
+                    expected=expected,
+                    actual=getattr(self, name),
+                    hint=f"`--{name.replace('_', '-')}`: {help_of(name)}",
+                )
+
+    def resolve(self, rollouts: int) -> TrainConfig:
+        """The same settings with nothing left open, for this many training rollouts."""
+        batch = min(self.batch_rollouts, rollouts)
+        steps = self.steps or math.ceil(self.epochs * rollouts / batch)
+        return replace(self, steps=steps, batch_rollouts=batch, device=self.device or default_device())
+
+    def to_json(self) -> Mapping[str, Any]:
+        """A JSON object with one member per setting."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+
+def help_of(name: str) -> str:
+    """What a setting means, in a sentence."""
+    return str(get_type_hints(TrainConfig, include_extras=True)[name].__metadata__[0])
+
+
+OPD = TrainConfig()
+# The settings that the paper's authors publish for their SFT (configs/sft in their repository).
+SFT = TrainConfig(
+    learning_rate=8e-5,
+    schedule="cosine",
+    warmup_steps=10,
+    weight_decay=0.0,
+    betas=(0.9, 0.999),
+    batch_rollouts=64,
+)

@@ -1,0 +1,77 @@
+"""Supervised fine-tuning on a teacher's responses: the first half of the pipeline, and of teacher consistency.
+
+The checkpoint says which teacher wrote its data, so that an artifact made from its rollouts can be held to it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lopd_store.errors import DataError
+from lopd_store.gate import TOKENIZER_FIELDS
+from lopd_store.identity import ModelIdentity, identify
+from lopd_store.provenance import RolloutsRecord, sft_of_data
+from lopd_store.rollouts import RolloutsFile
+from lopd_train import losses
+from lopd_train.batches import Batch, hold_out, read_rollouts
+from lopd_train.checkpoint import Run, check_output
+from lopd_train.config import SFT, TrainConfig
+from lopd_train.runlog import OnProgress
+from lopd_train.student import Student
+from lopd_train.trainer import Objective, RunResult, Sums, fit
+
+
+def train_sft(
+    *,
+    model: str | Path,
+    data: str | Path,
+    output: str | Path,
+    config: TrainConfig = SFT,
+    on_progress: OnProgress | None = None,
+) -> RunResult:
+    """Train a model on SFT data with cross-entropy; goes on where an interrupted run with this output stopped."""
+    output = Path(output)
+    check_output(output)
+    file = RolloutsFile(data)
+    base = identify(model)
+    _check_tokenizer(file.record, base)
+    training, held_out = hold_out(read_rollouts(file), fraction=config.eval_fraction, seed=config.seed)
+    digest = file.digest()
+    run = Run(
+        method="sft",
+        config=config.resolve(len(training)),
+        model=str(model),
+        base=base,
+        data=str(data),
+        data_digest=digest,
+        sft=sft_of_data(file.record, digest),
+    )
+    return fit(
+        run, objective=CROSS_ENTROPY, training=training, held_out=held_out, output=output, on_progress=on_progress
+    )
+
+
+def _train(student: Student, batch: Batch) -> Sums:
+    return {"loss": losses.cross_entropy(student.token_logprobs(batch))}
+
+
+def _evaluate(student: Student, batch: Batch) -> Sums:
+    return {"cross_entropy": losses.cross_entropy(student.token_logprobs(batch))}
+
+
+CROSS_ENTROPY = Objective(train=_train, evaluate=_evaluate)
+
+
+def _check_tokenizer(record: RolloutsRecord | None, base: ModelIdentity) -> None:
+    """The ids of the data must mean to the model what they meant to the teacher."""
+    if record is None:
+        return
+    for name in TOKENIZER_FIELDS:
+        expected, actual = getattr(base, name), getattr(record.policy, name)
+        if expected != actual:
+            raise DataError(
+                "the SFT data was written with another tokenizer than the model's",
+                expected=f"{base.name}: `{name}` {expected}",
+                actual=f"{record.policy.name}: `{name}` {actual}",
+                hint="use a model with the teacher's tokenizer",
+            )
