@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 import typer
@@ -31,7 +32,9 @@ _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 def run(app: typer.Typer) -> NoReturn:
     """Run a command line and leave with its exit code: 0 fine, 1 wrong, 2 usage, 3 could not tell, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not _stderr.is_terminal:
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: what it cannot show is no reason to fail
+    if not _stderr.is_interactive:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would fill a log
     try:
         code = app(standalone_mode=False) or 0
@@ -124,7 +127,7 @@ class Meter:
 @contextmanager
 def progress(description: str, unit: str, *, at_once: bool = True) -> Iterator[Meter]:
     """A progress bar on a terminal, a line now and then elsewhere; it waits for the first update unless `at_once`."""
-    if not _stderr.is_terminal:
+    if not _stderr.is_interactive:
         yield Meter(description, unit, None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}"))

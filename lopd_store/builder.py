@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 import shutil
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from lopd_store.card import render_card
 from lopd_store.digest import digest_bytes, digest_json
 from lopd_store.durable import sync_directory, write_durably
 from lopd_store.encoding import make_encoding
-from lopd_store.errors import InputError
+from lopd_store.errors import InputError, LopdError
 from lopd_store.manifest import Counts, Manifest, Scoring, render
 from lopd_store.plan import Plan, make_plan
 from lopd_store.scoring import DONE, read_note
@@ -74,7 +75,11 @@ def build(
     _start_or_resume(building, plan)
     started = time.monotonic()
     count = count_workers(workers, plan)
-    score_parts(plan, building, count, on_progress)
+    try:
+        score_parts(plan, building, count, on_progress)
+    except LopdError:
+        _discard_if_nothing_is_done(building)
+        raise
     _seal(plan, building, output, seconds=time.monotonic() - started, workers=count)
     return reader.open(output)
 
@@ -82,7 +87,9 @@ def build(
 def _start_or_resume(building: Path, plan: Plan) -> None:
     """Make the directory of the build in progress, or check that the one there follows the same plan."""
     path, wanted = building / _PLAN, plan.to_json()
-    if path.is_file():
+    (building / layout.PARTS).mkdir(parents=True, exist_ok=True)
+    (building / DONE).mkdir(exist_ok=True)
+    if path.is_file() and any((building / DONE).iterdir()):
         found = strictjson.loads(path.read_bytes(), where=str(path))
         if changed := [name for name in wanted if found.get(name) != wanted[name]]:
             raise InputError(
@@ -92,9 +99,17 @@ def _start_or_resume(building: Path, plan: Plan) -> None:
                 hint=f"go on with the old settings, or remove `{building}` to begin anew",
             )
         return
-    (building / layout.PARTS).mkdir(parents=True, exist_ok=True)
-    (building / DONE).mkdir(exist_ok=True)
     write_durably(path, strictjson.pretty(wanted))
+
+
+def _discard_if_nothing_is_done(building: Path) -> None:
+    """Leave nothing behind when the inputs turn out to be wrong at the first part."""
+    if not any((building / DONE).iterdir()):
+        (building / _PLAN).unlink()
+        shutil.rmtree(building / DONE)
+        shutil.rmtree(building / layout.PARTS)
+        with suppress(OSError):  # not empty: somebody else's files
+            building.rmdir()
 
 
 def _seal(plan: Plan, building: Path, output: Path, *, seconds: float, workers: int) -> None:
@@ -121,8 +136,9 @@ def _seal(plan: Plan, building: Path, output: Path, *, seconds: float, workers: 
     }
     write_durably(building / layout.BUILD_RECORD, strictjson.pretty(happened))
     write_durably(building / layout.CARD, render_card(manifest, digest_bytes(data)).encode())
-    shutil.rmtree(building / DONE)
-    (building / _PLAN).unlink()
     write_durably(building / layout.MANIFEST, data)
     building.rename(output)
     sync_directory(output.parent)
+    # What a resumed build needs goes last: killed before this, the same call finds every part done and seals again.
+    (output / _PLAN).unlink()
+    shutil.rmtree(output / DONE)

@@ -9,6 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from lopd_store import gate
 from lopd_store.manifest import Manifest
 
+UNNAMED = "OWNER/NAME"  # stands in the card for the repository until a push knows it
+
 
 def render_card(manifest: Manifest, fingerprint: str) -> str:
     """The card's text; it says nothing that the manifest does not."""
@@ -18,7 +20,7 @@ def render_card(manifest: Manifest, fingerprint: str) -> str:
         inputs=manifest.inputs,
         counts=manifest.counts,
         fingerprint=fingerprint,
-        tag=tag_of(fingerprint),
+        repository=UNNAMED,
         state=gate.judge(manifest.inputs).state,
         megabytes=sum(sizes) / 1e6,
         bytes_per_position=sum(sizes) / max(manifest.counts.positions, 1),
@@ -32,10 +34,12 @@ def tag_of(fingerprint: str) -> str:
 
 
 def _size_category(rollouts: int) -> str:
-    for name, bound in (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6)):
-        if rollouts < bound:
-            return name
-    return "1M<n<10M"
+    """The Hub's name for a data set of this many rows."""
+    bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B"]
+    smaller = sum(rollouts >= 1000 * 10**power for power in range(len(bounds)))
+    if smaller == 0:
+        return f"n<{bounds[0]}"
+    return f"n>{bounds[-1]}" if smaller == len(bounds) else f"{bounds[smaller - 1]}<n<{bounds[smaller]}"
 
 
 @cache
@@ -47,10 +51,12 @@ def _template() -> Template:
         lstrip_blocks=True,
         autoescape=False,
     )
-    environment.filters["plain"] = _plain
+    environment.filters["code"] = _code
     return environment.get_template("card.md.jinja")
 
 
-def _plain(text: object) -> str:
-    """A name from an artifact as inert Markdown: one line, no markup."""
-    return "".join(char if char.isalnum() or char in " -_./:@+" else "?" for char in str(text))[:200]
+def _code(text: object) -> str:
+    """A name from an artifact as a code span: one line in which nothing is markup, a link or an end of a table cell."""
+    return (
+        "`" + ("".join(char if char.isalnum() or char in " -_./:@+" else "?" for char in str(text))[:200] or "?") + "`"
+    )

@@ -50,6 +50,17 @@ def digest_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> Fi
     return FileDigests(size=size, sha256="sha256:" + sha.hexdigest(), xxh3_128=xxh.hexdigest())
 
 
+def xxh3_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """The xxh3-128 of a file alone, several times faster than `digest_file`."""
+    xxh = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            xxh.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return xxh.hexdigest()
+
+
 def digest_contents(data: bytes) -> FileDigests:
     """What `digest_file` gives for a file with these bytes."""
     return FileDigests(size=len(data), sha256=digest_bytes(data), xxh3_128=xxhash.xxh3_128_hexdigest(data))

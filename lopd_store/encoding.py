@@ -17,7 +17,7 @@ from lopd_store.errors import ArtifactError, InputError
 from lopd_store.topk import TopK, sort_entries
 
 Profile = Literal["compact", "exact"]
-K_LIMIT = 65_535
+K_LIMIT = 65_534  # 65,535 is the fill value of `counts`
 TOPK_STEP = 1 / 16  # nat; tried on real teachers: KL of the rounding about 4e-5 nat
 SAMPLED_STEP = 1 / 256  # nat; the advantage is a difference of two of these
 

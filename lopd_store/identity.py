@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lopd_store import models
+from lopd_store import models, strictjson
 from lopd_store.digest import digest_bytes, digest_json, is_digest
 from lopd_store.errors import ArtifactError, DataError
 
@@ -85,11 +85,8 @@ class ModelIdentity:
 
 def identify(model: str | Path) -> ModelIdentity:
     """The identity of a model directory, GGUF file or Hub id; reads every byte of the weights once."""
-    from transformers import AutoConfig
-
     files = models.find(model)
-    options = {} if files.gguf_file is None else {"gguf_file": files.gguf_file}
-    loaded = AutoConfig.from_pretrained(files.directory, **options)
+    loaded = models.load_config(files)
     config = loaded.to_dict()
     tokenizer = models.load_tokenizer(files)
     template = tokenizer.chat_template
@@ -138,13 +135,12 @@ def _safetensors(path: Path) -> Iterator[tuple[str, str, list[int], str]]:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
             raise DataError(f"`{path.name}` is not a safetensors file", actual=f"a header of {length} bytes")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        tensors = _header(file.read(length), path.name)
         start = 8 + length
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             view = memoryview(mapped)
             try:
-                for name, tensor in header.items():
+                for name, tensor in tensors.items():
                     begin, end = tensor["data_offsets"]
                     if not 0 <= begin <= end <= size - start:
                         raise DataError(f"`{path.name}` is cut short at the tensor `{name}`")
@@ -152,6 +148,29 @@ def _safetensors(path: Path) -> Iterator[tuple[str, str, list[int], str]]:
                     yield name, tensor["dtype"], tensor["shape"], digest
             finally:
                 view.release()
+
+
+def _header(data: bytes, file: str) -> dict[str, Any]:
+    """What the header of a safetensors file says of each tensor, by name."""
+    try:
+        header = strictjson.loads(data, where=file, max_bytes=_MAX_HEADER_BYTES)
+    except ArtifactError as error:
+        raise DataError(f"`{file}` is not a safetensors file: {error.message}") from error
+    tensors: dict[str, Any] = header if isinstance(header, dict) else {"": header}
+    tensors.pop("__metadata__", None)
+    if not all(_is_tensor(value) for value in tensors.values()):
+        raise DataError(f"`{file}` is not a safetensors file", actual="a header that does not describe tensors")
+    return tensors
+
+
+def _is_tensor(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("dtype"), str)
+        and all(isinstance(value.get(name), list) for name in ("shape", "data_offsets"))
+        and all(type(number) is int for number in value["shape"] + value["data_offsets"])
+        and len(value["data_offsets"]) == 2
+    )
 
 
 def _gguf_tensors(path: Path) -> Iterator[tuple[str, str, list[int], str]]:

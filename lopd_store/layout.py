@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lopd_store.errors import InputError
+
 MANIFEST = "manifest.json"
 BUILD_RECORD = "build.json"
 CARD = "README.md"
 PARTS = "parts"
 BUILDING_SUFFIX = ".building"
+PULLING_SUFFIX = ".pulling"
 
 ROLLOUTS = "rollouts"
 TOKENS = "tokens"
@@ -32,6 +35,19 @@ def part_file(part: int, kind: str) -> str:
 def is_part_file(path: str) -> bool:
     """Whether this is a path that a manifest may name: nothing absolute, climbing or of another shape is."""
     return _PART_FILE.fullmatch(path) is not None
+
+
+def no_artifact(path: Path) -> InputError:
+    """The error for a path without a manifest: nothing is there, or a build that is not finished."""
+    building = path if path.name.endswith(BUILDING_SUFFIX) else building_directory(path)
+    if building.is_dir():
+        return InputError(
+            f"`{path}` is still being built",
+            expected=f"a sealed artifact, with `{MANIFEST}`",
+            actual=f"`{building}`",
+            hint="run the same `lopd-store build` again: it goes on where it stopped",
+        )
+    return InputError(f"no artifact at `{path}`", expected=f"a directory with `{MANIFEST}`")
 
 
 def building_directory(output: Path) -> Path:

@@ -115,20 +115,20 @@ def parse(data: bytes, *, where: str = layout.MANIFEST) -> Manifest:
     value = strictjson.loads(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ArtifactError(f"`{where}` is not the manifest of an artifact", expected=f'"format": "{FORMAT}"')
-    minor = _check_version(value.get("version"), where)
+    newer = _check_version(value.get("version"), where) > MINOR  # then unknown members may be ignored
     _members(
         value,
         {"format", "version", "counts", "encoding", "reference_logprobs", "inputs", "parts", "annotations"},
         where,
-        open_ended=minor > MINOR,
+        newer,
     )
     inputs = value["inputs"]
-    _members(inputs, {"teacher", "scoring", "sft", "rollouts_file", "rollouts"}, f"{where}: inputs", minor > MINOR)
-    counts = _counts(value["counts"], f"{where}: counts")
+    _members(inputs, {"teacher", "scoring", "sft", "rollouts_file", "rollouts"}, f"{where}: inputs", newer)
+    counts = _counts(value["counts"], f"{where}: counts", newer)
     parts = value["parts"]
     if not isinstance(parts, list) or not 1 <= len(parts) <= layout.MAX_PARTS:
         raise ArtifactError(f"`{where}: parts` is not a list of 1 to {layout.MAX_PARTS} parts")
-    entries = tuple(_part(part, number, f"{where}: parts[{number}]") for number, part in enumerate(parts))
+    entries = tuple(_part(part, number, f"{where}: parts[{number}]", newer) for number, part in enumerate(parts))
     for item in fields(Counts):
         total = sum(getattr(entry.counts, item.name) for entry in entries)
         if total != getattr(counts, item.name):
@@ -147,7 +147,7 @@ def parse(data: bytes, *, where: str = layout.MANIFEST) -> Manifest:
         encoding=Encoding.from_json(value["encoding"], where=f"{where}: encoding"),
         inputs=Inputs(
             teacher=ModelIdentity.from_json(inputs["teacher"], where="inputs.teacher"),
-            scoring=_scoring(inputs["scoring"], f"{where}: inputs.scoring"),
+            scoring=_scoring(inputs["scoring"], f"{where}: inputs.scoring", newer),
             sft=SftProvenance.from_json(inputs["sft"], where="inputs.sft"),
             rollouts_file=inputs["rollouts_file"],
             rollouts=None if rollouts is None else RolloutsRecord.from_json(rollouts, where="inputs.rollouts"),
@@ -173,7 +173,7 @@ def _check_version(version: Any, where: str) -> int:
     return int(match[2])
 
 
-def _members(value: Any, names: set[str], where: str, open_ended: bool = False) -> None:
+def _members(value: Any, names: set[str], where: str, open_ended: bool) -> None:
     if not isinstance(value, dict):
         raise ArtifactError(f"`{where}` is not an object", actual=type(value).__name__)
     if missing := names - set(value):
@@ -185,16 +185,17 @@ def _members(value: Any, names: set[str], where: str, open_ended: bool = False) 
         )
 
 
-def _counts(value: Any, where: str) -> Counts:
-    _members(value, {item.name for item in fields(Counts)}, where)
-    for name, number in value.items():
-        if type(number) is not int or not 0 <= number < _COUNT_LIMIT:
-            raise ArtifactError(f"`{where}.{name}` is not a count", actual=repr(number)[:100])
-    return Counts(**value)
+def _counts(value: Any, where: str, open_ended: bool) -> Counts:
+    names = {item.name for item in fields(Counts)}
+    _members(value, names, where, open_ended)
+    for name in names:
+        if type(value[name]) is not int or not 0 <= value[name] < _COUNT_LIMIT:
+            raise ArtifactError(f"`{where}.{name}` is not a count", actual=repr(value[name])[:100])
+    return Counts(**{name: value[name] for name in names})
 
 
-def _scoring(value: Any, where: str) -> Scoring:
-    _members(value, {"engine", "dtype", "logprobs", "temperature"}, where)
+def _scoring(value: Any, where: str, open_ended: bool) -> Scoring:
+    _members(value, {"engine", "dtype", "logprobs", "temperature"}, where, open_ended)
     if value["logprobs"] != "raw" or value["temperature"] != 1.0:
         raise ArtifactError(
             f"`{where}` says that the log-probs were processed",
@@ -221,13 +222,13 @@ def _render_part(number: int, part: PartEntry) -> dict[str, Any]:
     }
 
 
-def _part(value: Any, number: int, where: str) -> PartEntry:
-    _members(value, {"counts", "files"}, where)
-    _members(value["files"], set(layout.FILE_KINDS), f"{where}.files")
+def _part(value: Any, number: int, where: str, open_ended: bool) -> PartEntry:
+    _members(value, {"counts", "files"}, where, open_ended)
+    _members(value["files"], set(layout.FILE_KINDS), f"{where}.files", open_ended)
     files = {}
-    for kind, entry in value["files"].items():
-        place = f"{where}.files.{kind}"
-        _members(entry, {"path", "size", "sha256", "xxh3_128"}, place)
+    for kind in layout.FILE_KINDS:
+        entry, place = value["files"][kind], f"{where}.files.{kind}"
+        _members(entry, {"path", "size", "sha256", "xxh3_128"}, place, open_ended)
         if entry["path"] != layout.part_file(number, kind):
             raise ArtifactError(
                 f"`{place}.path` is not a path of this part",
@@ -241,4 +242,4 @@ def _part(value: Any, number: int, where: str) -> PartEntry:
         if not isinstance(entry["xxh3_128"], str) or not XXH3_PATTERN.fullmatch(entry["xxh3_128"]):
             raise ArtifactError(f"`{place}.xxh3_128` is not 32 hex digits", actual=repr(entry["xxh3_128"])[:100])
         files[kind] = FileDigests(size=entry["size"], sha256=entry["sha256"], xxh3_128=entry["xxh3_128"])
-    return PartEntry(counts=_counts(value["counts"], f"{where}.counts"), files=files)
+    return PartEntry(counts=_counts(value["counts"], f"{where}.counts", open_ended), files=files)

@@ -61,13 +61,22 @@ def find(model: str | Path) -> ModelFiles:
     )
 
 
+def load_config(files: ModelFiles) -> Any:
+    """The configuration of a model, as transformers loads it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(files.directory, **_options(files))
+    except (OSError, ValueError) as error:
+        raise DataError(f"the config of `{files.name}` does not load: {_first_line(error)}") from error
+
+
 def load_tokenizer(files: ModelFiles) -> Any:
-    """The tokenizer that belongs to a model, as transformers loads it; no code of the repository is run."""
+    """The tokenizer that belongs to a model, as transformers loads it."""
     from transformers import AutoTokenizer
 
-    options = {} if files.gguf_file is None else {"gguf_file": files.gguf_file}
     try:
-        return AutoTokenizer.from_pretrained(files.directory, **options)
+        return AutoTokenizer.from_pretrained(files.directory, **_options(files))
     except (OSError, ValueError) as error:
         raise DataError(
             f"the tokenizer of `{files.name}` does not load: {_first_line(error)}",
@@ -76,13 +85,27 @@ def load_tokenizer(files: ModelFiles) -> Any:
 
 
 def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu") -> Any:
-    """The causal language model, in evaluation mode, all weights in `dtype` on `device`."""
+    """The causal language model, in evaluation mode, all weights in `dtype` on `device`.
+
+    Raises DataError where a weight is missing: transformers would make it up and go on.
+    """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"use_safetensors": True} if files.gguf_file is None else {"gguf_file": files.gguf_file}
-    with without_bars():
-        model = AutoModelForCausalLM.from_pretrained(files.directory, dtype=getattr(torch, dtype), **options)
+    options = _options(files) | ({"use_safetensors": True} if files.gguf_file is None else {})
+    options |= {"dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with without_bars():
+            model, found = AutoModelForCausalLM.from_pretrained(files.directory, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"the model `{files.name}` does not load: {_first_line(error)}") from error
+    if lacking := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
+        raise DataError(
+            f"the weights of `{files.name}` are not those of its config",
+            expected=f"a {type(model).__name__} with every weight",
+            actual=f"{len(lacking)} are missing or of another shape, such as `{lacking[0]}`",
+        )
     return model.to(device).eval()
 
 
@@ -172,6 +195,25 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_device(asked: str | None) -> str:
+    """The device asked for, or the default; raises InputError where torch cannot use it."""
+    import torch
+
+    if asked is None:
+        return default_device()
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"the device `{asked}` cannot be used", actual=_first_line(error)) from error
+    return asked
+
+
+def _options(files: ModelFiles) -> dict[str, Any]:
+    """What every `from_pretrained` is told: no code of a repository is run, and nobody is asked whether it may be."""
+    options: dict[str, Any] = {"trust_remote_code": False}
+    return options if files.gguf_file is None else options | {"gguf_file": files.gguf_file}
 
 
 def _in_directory(directory: Path, *, name: str, revision: str | None) -> ModelFiles:

@@ -20,9 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
+from zarr.buffer import cpu
 from zarr.codecs import BytesCodec, ZstdCodec
 from zarr.codecs.numcodecs import PCodec
-from zarr.storage import MemoryStore, ZipStore
+from zarr.storage import MemoryStore
 
 from lopd_store import strictjson
 from lopd_store.encoding import Encoding, ids_to_ranks, ranks_to_ids, round_to_grid, round_topk
@@ -39,7 +40,8 @@ IMPOSSIBLE_ID = 0xFFFF_FFFF
 _PCODEC_LEVEL = 8
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
-# name -> (dtype, fill value); a fill value is never a legal value of its array, so a lost chunk is always seen.
+GROUP_METADATA = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+# name -> (dtype, fill value); but for flags, a fill value is never a legal value, so a lost chunk is always seen.
 TOKENS_ARRAYS: dict[str, tuple[str, Any]] = {
     "rollout_offsets": ("int64", -1),
     "prompt_lengths": ("int32", -1),
@@ -170,47 +172,55 @@ def read_part(tokens: Path, topk: Path | None) -> Part:
 
 def read_arrays(path: Path, expected: dict[str, tuple[str, Any]]) -> dict[str, npt.NDArray[Any]]:
     """All arrays of one zip by name, exactly those that the format lists."""
-    lengths = _check_members(path, expected)
-    with ZipStore(path, mode="r") as store:
-        group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
-        try:
-            arrays = {name: np.asarray(group[name][:]) for name in lengths}  # type: ignore[index]
-        except Exception as error:
-            raise ArtifactError(f"`{path.name}` does not decode: {type(error).__name__}: {error}") from error
-    return arrays
-
-
-def _check_members(path: Path, expected: dict[str, tuple[str, Any]]) -> dict[str, int]:
-    """The length of each array, after checking every member's name and every zarr.json against the format."""
+    members = _read_members(path)
+    names = _check_members(path.name, members, expected)
+    store = MemoryStore({name: cpu.Buffer.from_bytes(data) for name, data in members.items()})
     try:
-        with zipfile.ZipFile(path) as archive:
+        group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
+        return {name: np.asarray(group[name][:]) for name in names}  # type: ignore[index]
+    except Exception as error:  # what a codec says of bytes that it did not write could be anything
+        raise ArtifactError(f"`{path.name}` does not decode: {type(error).__name__}: {error}") from error
+
+
+def _read_members(path: Path) -> dict[str, bytes]:
+    """The members of a stored zip by name; only I/O errors are not an ArtifactError."""
+    data = io.BytesIO(path.read_bytes())
+    try:
+        with zipfile.ZipFile(data) as archive:
             infos = archive.infolist()
-            names = [info.filename for info in infos]
-            if len(names) > MAX_ZIP_MEMBERS or len(set(names)) != len(names):
+            names = {info.filename for info in infos}
+            if len(infos) > MAX_ZIP_MEMBERS or len(infos) != len(names):
                 raise ArtifactError(f"`{path.name}` has too many members, or one of them twice")
             if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
                 raise ArtifactError(f"`{path.name}` has compressed members", expected="stored members only")
-            metadata = {
-                name: strictjson.loads(archive.read(name), where=f"{path.name}: {name}", max_bytes=1 << 16)
-                for name in names
-                if name.endswith("zarr.json")
-            }
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+            return {name: archive.read(name) for name in names}
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as error:  # RuntimeError: encrypted, or unknown
         raise ArtifactError(f"`{path.name}` is not a whole zip: {error}") from error
+
+
+def _check_members(file: str, members: dict[str, bytes], expected: dict[str, tuple[str, Any]]) -> set[str]:
+    """The names of the arrays, after checking every member's name and every zarr.json against the format."""
+    metadata = {
+        name: strictjson.loads(data, where=f"{file}: {name}", max_bytes=1 << 16)
+        for name, data in members.items()
+        if name.endswith("zarr.json")
+    }
+    if metadata.get("zarr.json") != GROUP_METADATA:
+        raise ArtifactError(f"`{file}`: `zarr.json` is not what the format says", expected=GROUP_METADATA)
     arrays = {name.removesuffix("/zarr.json") for name in metadata} - {"zarr.json"}
     if set(expected) - OPTIONAL_ARRAYS - arrays or arrays - set(expected):
         raise ArtifactError(
-            f"`{path.name}` has other arrays than the format",
+            f"`{file}` has other arrays than the format",
             expected=", ".join(expected),
             actual=", ".join(sorted(arrays)),
         )
-    lengths = {name: _check_array(path.name, name, metadata[f"{name}/zarr.json"], *expected[name]) for name in arrays}
-    wanted = {"zarr.json", *metadata}
-    for name, length in lengths.items():
+    wanted = set(metadata)
+    for name in arrays:
+        length = _check_array(file, name, metadata[f"{name}/zarr.json"], *expected[name])
         wanted.update(f"{name}/c/{chunk}" for chunk in range(math.ceil(length / CHUNK)))
-    if unlike := wanted ^ set(names):
-        raise ArtifactError(f"`{path.name}` lacks a chunk or has a member too many", actual=f"`{min(unlike)}`")
-    return lengths
+    if unlike := wanted ^ set(members):
+        raise ArtifactError(f"`{file}` lacks a chunk or has a member too many", actual=f"`{min(unlike)}`")
+    return arrays
 
 
 def _check_array(file: str, name: str, metadata: Any, dtype: str, fill: Any) -> int:
@@ -252,7 +262,7 @@ def _write(arrays: dict[str, npt.NDArray[Any]], expected: dict[str, tuple[str, A
     """A Zarr v3 group in a zip with stored members; the bytes are a function of the values."""
     stored: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(stored), zarr_format=3)
-    members = {"zarr.json": strictjson.canonical({"zarr_format": 3, "node_type": "group", "attributes": {}})}
+    members = {"zarr.json": strictjson.canonical(GROUP_METADATA)}
     for name, values in arrays.items():
         dtype, fill = expected[name]
         metadata = array_metadata(len(values), dtype, fill)

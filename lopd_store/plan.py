@@ -15,7 +15,8 @@ from lopd_store.encoding import Encoding
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
 from lopd_store.manifest import Inputs, Scoring
-from lopd_store.provenance import SftProvenance, read_sft, sft_of_policy
+from lopd_store.models import PROVENANCE_FILE, pick_device
+from lopd_store.provenance import SftProvenance, parse_checkpoint_record, sft_of_data, sft_of_policy
 from lopd_store.rollouts import RolloutsFile
 
 MAX_PART_POSITIONS = 1 << 20
@@ -65,8 +66,9 @@ def make_plan(
     part_positions: int | None = None,
 ) -> Plan:
     """Read the inputs, check what can be checked before scoring, and draw the borders of the parts."""
-    from lopd_store.models import default_device
-
+    for name, number in (("threads", threads), ("batch_tokens", batch_tokens)):
+        if number < 1:
+            raise InputError(f"`{name}` is out of range", expected="1 or more", actual=number)
     file = RolloutsFile(rollouts)
     if len(file) == 0:
         raise DataError(f"`{rollouts}` has no rollouts", hint="sample some with `lopd-store generate`")
@@ -84,7 +86,7 @@ def make_plan(
         ),
         encoding=encoding,
         reference_logprobs=file.has_logprobs(),
-        device=device or default_device(),
+        device=pick_device(device),
         threads=threads,
         batch_tokens=batch_tokens,
         parts=part_borders(file.response_lengths.tolist(), part_positions),
@@ -111,6 +113,18 @@ def part_borders(response_lengths: Sequence[int], part_positions: int | None = N
     if len(borders) > layout.MAX_PARTS:
         raise InputError(f"{len(borders)} parts are too many", expected=f"at most {layout.MAX_PARTS}")
     return tuple(borders)
+
+
+def read_sft(path: Path) -> SftProvenance:
+    """What `build --sft RECORD` names: SFT data (Parquet), a checkpoint directory, or a checkpoint record."""
+    if path.is_dir():
+        path = path / PROVENANCE_FILE
+    if not path.is_file():
+        raise InputError(f"no SFT provenance at `{path}`", hint="name SFT data, a checkpoint directory, or its record")
+    if path.suffix == ".parquet":
+        file = RolloutsFile(path)
+        return sft_of_data(file.record, file.digest())
+    return parse_checkpoint_record(path.read_bytes(), where=str(path)).sft
 
 
 def _sft_provenance(file: RolloutsFile, sft: Path | None) -> SftProvenance:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 
 from lopd_store import strictjson
 from lopd_store.errors import ArtifactError, DataError, InputError
@@ -72,7 +73,10 @@ def _prompt(row: Any, tokenizer: Any, where: str) -> Prompt:
     elif _is_chat(messages) and prompt is None:
         if tokenizer.chat_template is None:
             raise DataError(f"{where} has `messages`, but the model has no chat template", hint="give `prompt` instead")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise DataError(f"{where}: the model's chat template refuses the messages: {error}") from error
         ids = tokenizer(text, add_special_tokens=False).input_ids
     else:
         raise DataError(
@@ -91,8 +95,11 @@ def _prompt(row: Any, tokenizer: Any, where: str) -> Prompt:
 
 
 def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages)
-    )
+    return isinstance(messages, list) and bool(messages) and all(map(_is_message, messages))
+
+
+def _is_message(message: Any) -> bool:
+    """Templates print nothing for what is missing, so it is looked for here; a tool call has no content."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), (str, list)) or bool(message.get("tool_calls"))

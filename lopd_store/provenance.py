@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lopd_store import strictjson
 from lopd_store.digest import is_digest
-from lopd_store.errors import ArtifactError, InputError
+from lopd_store.errors import ArtifactError
 from lopd_store.identity import ModelIdentity
 from lopd_store.models import PROVENANCE_FILE
 
@@ -176,7 +176,7 @@ def sft_of_policy(record: RolloutsRecord | None) -> SftProvenance:
 
 def sft_of_data(record: RolloutsRecord | None, digest: str) -> SftProvenance:
     """The SFT provenance of a model trained on a data file with this record and digest."""
-    if record is None:
+    if record is None or record.status == "unknown":
         return UNKNOWN_SFT
     return SftProvenance(status=record.status, teacher=record.policy, data=digest)
 
@@ -184,23 +184,12 @@ def sft_of_data(record: RolloutsRecord | None, digest: str) -> SftProvenance:
 def read_checkpoint_record(directory: Path) -> CheckpointRecord | None:
     """The record beside a checkpoint's weights, or None where there is none."""
     path = directory / PROVENANCE_FILE
-    if not path.is_file():
-        return None
-    return CheckpointRecord.from_json(strictjson.loads(path.read_bytes(), where=str(path)), where=path.name)
+    return parse_checkpoint_record(path.read_bytes(), where=str(path)) if path.is_file() else None
 
 
-def read_sft(path: Path) -> SftProvenance:
-    """What `build --sft RECORD` names: SFT data (Parquet), a checkpoint directory, or a checkpoint record."""
-    from lopd_store.digest import digest_file
-    from lopd_store.rollouts import read_record
-
-    if path.is_dir():
-        path = path / PROVENANCE_FILE
-    if not path.is_file():
-        raise InputError(f"no SFT provenance at `{path}`", hint="name SFT data, a checkpoint directory, or its record")
-    if path.suffix == ".parquet":
-        return sft_of_data(read_record(path), digest_file(path).sha256)
-    return CheckpointRecord.from_json(strictjson.loads(path.read_bytes(), where=str(path)), where=path.name).sft
+def parse_checkpoint_record(data: bytes, *, where: str) -> CheckpointRecord:
+    """The checkpoint record in these bytes; raises ArtifactError where there is none."""
+    return CheckpointRecord.from_json(strictjson.loads(data, where=where), where=where)
 
 
 def _members(value: Any, names: set[str], where: str) -> None:

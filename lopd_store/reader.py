@@ -117,17 +117,7 @@ def open(path: str | Path, *, student: ModelIdentity | None = None) -> Artifact:
     directory = Path(path)
     file = directory / layout.MANIFEST
     if not file.is_file():
-        building = (
-            directory if directory.name.endswith(layout.BUILDING_SUFFIX) else layout.building_directory(directory)
-        )
-        if building.is_dir():
-            raise InputError(
-                f"`{path}` is still being built",
-                expected=f"a sealed artifact, with `{layout.MANIFEST}`",
-                actual=f"`{building}`",
-                hint="run the same `lopd-store build` again: it goes on where it stopped",
-            )
-        raise InputError(f"no artifact at `{path}`", expected=f"a directory with `{layout.MANIFEST}`")
+        raise layout.no_artifact(directory)
     artifact = Artifact(directory, file.read_bytes())
     if student is not None:
         gate.enforce(gate.judge(artifact.manifest.inputs, student))

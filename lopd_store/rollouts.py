@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,8 @@ def write_rollouts(path: Path, rows: Iterable[Mapping[str, Any]], record: Rollou
         unfinished.unlink(missing_ok=True)
 
 
-def read_record(path: Path) -> RolloutsRecord | None:
-    """The provenance in a rollouts file's schema metadata, or None where there is none."""
-    return RolloutsFile(path).record
-
-
 class RolloutsFile:
-    """A rollouts file opened for reading: its lengths are in memory, its rows are read when asked for."""
+    """A rollouts file opened for reading: lengths and rows are read when asked for."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -109,16 +105,27 @@ class RolloutsFile:
                 actual=", ".join(self._file.schema_arrow.names),
                 hint="rollouts are token ids as sampled; write them with `lopd-store generate`",
             )
+        for name in SCHEMA.names:
+            if name in self.columns:
+                _check_type(self._file.schema_arrow.field(name), f"`{path}`")
         metadata = self._file.schema_arrow.metadata or {}
         self.record: RolloutsRecord | None = None
         if METADATA_KEY in metadata:
             value = strictjson.loads(metadata[METADATA_KEY], where=f"{path}: schema metadata")
             self.record = RolloutsRecord.from_json(value, where=self.path.name)
-        self.prompt_lengths = self._lengths("prompt_ids")  # int64 [rollouts]
-        self.response_lengths = self._lengths("response_ids")  # int64 [rollouts]
 
     def __len__(self) -> int:
         return int(self._file.metadata.num_rows)
+
+    @cached_property
+    def prompt_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each prompt; [rollouts]."""
+        return self._lengths("prompt_ids")
+
+    @cached_property
+    def response_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each response; [rollouts]."""
+        return self._lengths("response_ids")
 
     def has_logprobs(self) -> bool:
         """Whether every row carries the sampling policy's log-probs."""
@@ -170,6 +177,8 @@ class RolloutsFile:
                         expected=f"{len(response_ids)} values, one per response token",
                         actual=f"{len(value)} values",
                     )
+            if mask is not None and mask.dtype != np.bool_:  # pyarrow's form of flags and nulls
+                raise DataError(f"{where}: a flag of `loss_mask` is null", expected="true or false")
             if logprobs is not None and not bool((np.asarray(logprobs) <= 0).all()):
                 raise DataError(f"{where}: a log-prob is not a number <= 0", actual=f"{np.max(logprobs)}")
             rows.append(
@@ -186,15 +195,28 @@ class RolloutsFile:
         return rows
 
 
+def _check_type(field: pa.Field, where: str) -> None:
+    """Refuse a column that could not be read as what SCHEMA says: lists of numbers or flags, text."""
+    wanted, found = SCHEMA.field(field.name).type, field.type
+    if pa.types.is_large_list(wanted):
+        fits = (pa.types.is_list(found) or pa.types.is_large_list(found)) and any(
+            is_kind(wanted.value_type) and is_kind(found.value_type)
+            for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+        )
+    else:
+        fits = pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_null(found)
+    if not fits:
+        raise DataError(
+            f"{where}: the column `{field.name}` is of another type", expected=str(wanted), actual=str(found)
+        )
+
+
 def _values(table: pa.Table, name: str) -> list[Any]:
     """A column as one value per row: NumPy arrays for lists, str for text, None for null."""
-    column = table.column(name).combine_chunks()
+    column = table.column(name)
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         return list(column.to_pylist())
-    offsets = column.offsets.to_numpy()
-    values = column.values.to_numpy(zero_copy_only=False)
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
-    return [values[offsets[i] : offsets[i + 1]] if valid[i] else None for i in range(len(column))]
+    return [None if row.values is None else row.values.to_numpy(zero_copy_only=False) for row in column]
 
 
 def _ids(values: npt.NDArray[Any] | None, where: str) -> npt.NDArray[np.uint32]:

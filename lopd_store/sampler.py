@@ -57,24 +57,29 @@ def generate(
     `on_progress` hears (responses finished, all responses, response tokens so far).
     """
     output, prompts = Path(output), Path(prompts)
+    for name, number in (("batch_size", batch_size), ("limit", limit)):
+        if number is not None and number < 1:
+            raise InputError(f"`{name}` is out of range", expected="1 or more", actual=number)
     sampling = _sampling(temperature, top_p, max_response_tokens, samples_per_prompt, seed)
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
     if output.suffix != ".parquet":
         raise InputError(f"`{output}` is not a name for rollouts", expected="a name that ends in .parquet")
+    device = models.pick_device(device)
     files = models.find(model)
     tokenizer = models.load_tokenizer(files)
     rows = read_prompts(prompts, tokenizer, limit=limit)
-    loaded = models.load_model(files, dtype=dtype, device=device or models.default_device())
+    loaded = models.load_model(files, dtype=dtype, device=device)
     _check_lengths(rows, models.context_length(loaded.config), max_response_tokens, prompts)
+    policy = identify(model)
     record = RolloutsRecord(
         status="recorded",
-        policy=identify(model),
+        policy=policy,
         policy_checkpoint=read_checkpoint_record(files.directory),
         prompts=digest_file(prompts).sha256,
         sampling=sampling,
     )
-    sampler = Sampler(loaded, sampling, models.stop_token_ids(loaded, tokenizer))
+    sampler = Sampler(loaded, sampling, models.stop_token_ids(loaded, tokenizer), policy.vocab_size)
     total = len(rows) * samples_per_prompt
     finished = tokens = stopped = 0
 
@@ -109,11 +114,15 @@ class Response:
 
 
 class Sampler:
-    """Samples batches from one model with a key-value cache, prompts padded on the left."""
+    """Samples batches from one model with a key-value cache, prompts padded on the left.
 
-    def __init__(self, model: Any, sampling: Sampling, stop_ids: tuple[int, ...]) -> None:
+    Only ids below `vocab_size` are drawn: what a padded head says of the others is noise that no tokenizer can read.
+    """
+
+    def __init__(self, model: Any, sampling: Sampling, stop_ids: tuple[int, ...], vocab_size: int) -> None:
         self._model = model
         self._sampling = sampling
+        self._vocab_size = vocab_size
         self._device = model.device
         self._stop = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
 
@@ -151,7 +160,8 @@ class Sampler:
             )
             cache, start = output.past_key_values, stop
             raw = torch.log_softmax(output.logits[:, -1].float(), dim=-1)
-            chosen = draw(raw, uniforms[:, step], self._sampling.temperature, self._sampling.top_p)
+            known = raw[:, : self._vocab_size]
+            chosen = draw(known, uniforms[:, step], self._sampling.temperature, self._sampling.top_p)
             sampled[:, step] = chosen
             logprobs[:, step] = raw.gather(1, chosen[:, None])[:, 0]
             ended = running & torch.isin(chosen, self._stop)
@@ -180,12 +190,12 @@ def draw(
     """One id per row by inverse distribution function; temperature 0 takes the most likely id."""
     if temperature == 0:
         return logprobs.argmax(dim=-1)
-    mass = torch.softmax(logprobs.double() / temperature, dim=-1)
+    mass = torch.softmax(logprobs / temperature, dim=-1)
     if top_p < 1:
         ordered, order = mass.sort(dim=-1, descending=True, stable=True)
         outside = ordered.cumsum(dim=-1) - ordered >= top_p
         mass = mass.scatter(1, order, ordered.masked_fill(outside, 0))
-    cumulative = mass.cumsum(dim=-1)
+    cumulative = mass.cumsum(dim=-1, dtype=torch.float64)
     targets = uniforms[:, None] * cumulative[:, -1:]
     # The first id whose cumulative mass exceeds the target has mass itself, so nothing outside top_p is drawn.
     return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logprobs.shape[1] - 1)

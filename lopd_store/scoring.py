@@ -143,7 +143,8 @@ def _check_scores(scores: RolloutScores, rollout: Rollout, where: str) -> None:
 
 
 def _reference_logprobs(rollouts: list[Rollout]) -> Any:
-    return np.concatenate([rollout.logprobs for rollout in rollouts if rollout.logprobs is not None]).astype(np.float32)
+    pieces = [rollout.logprobs for rollout in rollouts if rollout.logprobs is not None]
+    return np.concatenate([np.zeros(0, np.float32), *pieces])
 
 
 def _check_written(part: Part, read: Part) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from lopd_store.errors import ArtifactError
@@ -10,6 +11,8 @@ from lopd_store.errors import ArtifactError
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 32
 _MAX_INTEGER_DIGITS = 20
+# One escape of JSON; the group is there where it is half of a surrogate pair without the other half.
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F])|.)", re.DOTALL)
 
 
 def loads(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> Any:
@@ -20,7 +23,8 @@ def loads(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> Any:
         )
     try:
         text = data.decode("utf-8")
-        _check_depth(text, where)
+        _check_depth(text)
+        _check_escapes(text)
         return json.loads(
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_bounded_int, parse_float=_finite
         )
@@ -64,7 +68,7 @@ def _finite(literal: str) -> float:
     return number
 
 
-def _check_depth(text: str, where: str) -> None:
+def _check_depth(text: str) -> None:
     """Refuse deep nesting before the recursive parser sees it; brackets inside strings do not count."""
     depth, in_string, escaped = 0, False, False
     for char in text:
@@ -79,3 +83,9 @@ def _check_depth(text: str, where: str) -> None:
                 raise ValueError(f"nested more than {MAX_DEPTH} deep")
         elif char in "]}":
             depth -= 1
+
+
+def _check_escapes(text: str) -> None:
+    """Refuse half a surrogate pair: it is no character, and no UTF-8 can be written of it."""
+    if lone := next((escape for escape in _ESCAPE.finditer(text) if escape[1]), None):
+        raise ValueError(f"`{text[lone.start() : lone.start() + 6]}` is half of a surrogate pair")

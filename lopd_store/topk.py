@@ -65,7 +65,8 @@ def select(
 ) -> TopK:
     """Adaptive k: the smallest k whose mass reaches `coverage`, at least `k_min`; coverage 1 keeps every column.
 
-    What is cut goes to the tail, added in float64 from the smallest up. Entries of probability 0 are never kept.
+    What is cut goes to the tail, added in float64 and as logs, so that no mass is too small to count. Entries of
+    probability 0 are never kept.
     """
     order = np.lexsort((ids, -logprobs), axis=-1)
     ids = np.take_along_axis(ids, order, axis=-1)
@@ -80,9 +81,8 @@ def select(
         counts = np.minimum(np.clip(short_of, min(k_min, k), k), finite)
     columns = np.arange(k)
     kept = columns < counts[:, None]
-    cut = np.where(kept, 0.0, mass)[:, ::-1].sum(axis=1) + np.exp(tail_logprobs.astype(np.float64))
-    with np.errstate(divide="ignore"):
-        tail = np.where(counts == k, tail_logprobs, np.minimum(np.log(cut), 0.0))
+    cut = np.logaddexp.reduce(np.where(kept, -np.inf, logprobs.astype(np.float64)), axis=1)
+    tail = np.minimum(np.logaddexp(cut, tail_logprobs.astype(np.float64)), 0.0)
     return TopK(
         counts=counts.astype(np.uint16),
         ids=ids[kept].astype(np.uint32),

@@ -10,7 +10,7 @@ Checks stand in the order of spec/artifact.md; a part that does not decode is no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from lopd_store import gate, layout
 from lopd_store import manifest as manifests
-from lopd_store.digest import digest_bytes, digest_file
-from lopd_store.errors import ArtifactError, InputError, LopdError
+from lopd_store.digest import digest_bytes, digest_file, xxh3_file
+from lopd_store.errors import ArtifactError, LopdError
 from lopd_store.identity import ModelIdentity
 from lopd_store.manifest import Manifest, PartEntry
 from lopd_store.part import OPTIONAL_ARRAYS, TOKENS_ARRAYS, TOPK_ARRAYS, read_arrays
@@ -40,6 +40,7 @@ class Finding:
     message: str
     expected: str | None = None
     actual: str | None = None
+    hint: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with one member per field."""
@@ -47,8 +48,9 @@ class Finding:
 
     def to_error(self) -> ArtifactError:
         """The same as an exception."""
-        message = f"`{self.where}`: {self.message}"
-        return ArtifactError(message, code=self.code, expected=self.expected, actual=self.actual)
+        named = self.message.startswith(f"`{self.where}")
+        message = self.message if named else f"`{self.where}`: {self.message}"
+        return ArtifactError(message, code=self.code, expected=self.expected, actual=self.actual, hint=self.hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +95,11 @@ def verify(
     """Check an artifact: every byte, every structure, every value; `quick` checks sizes and xxh3 alone.
 
     With a student, the gate's findings are reported too. `on_bytes` hears (bytes read, bytes in all). Raises
-    InputError only where there is no directory to look at.
+    InputError only where there is no directory to look at, or a build in progress.
     """
     directory = Path(path)
-    if not directory.is_dir():
-        raise InputError(f"no artifact at `{path}`", expected=f"a directory with `{layout.MANIFEST}`")
+    if not directory.is_dir() or directory.name.endswith(layout.BUILDING_SUFFIX):
+        raise layout.no_artifact(directory)
     file = directory / layout.MANIFEST
     if not file.is_file() or file.is_symlink():
         finding = Finding(code="A001", where=layout.MANIFEST, message="there is no manifest, so this is no artifact")
@@ -123,7 +125,8 @@ def verify(
         broken = list(_check_bytes(directory, number, part, quick, report))
         findings += broken
         if not broken and not quick:
-            findings += _check_part(directory, number, part, manifest)
+            with np.errstate(all="ignore"):  # values that make arithmetic overflow become findings
+                findings += _check_part(directory, number, part, manifest)
     if student is not None:
         findings += _check_gate(manifest, student)
     files = 1 + sum(len(part.files) for part in manifest.parts)
@@ -133,7 +136,9 @@ def verify(
 
 
 def _check_directory(directory: Path, parts: int) -> Iterator[Finding]:
-    """A002: parts/ holds the files of the manifest and nothing else."""
+    """A002: parts/ holds the files of the manifest and nothing else; A020: it is no link."""
+    if (directory / layout.PARTS).is_symlink():
+        yield Finding(code="A020", where=layout.PARTS, message="a directory is a link")
     wanted = {layout.part_file(number, kind) for number in range(parts) for kind in layout.FILE_KINDS}
     there = (directory / layout.PARTS).iterdir() if (directory / layout.PARTS).is_dir() else iter(())
     for extra in sorted({f"{layout.PARTS}/{file.name}" for file in there} - wanted):
@@ -156,15 +161,14 @@ def _check_bytes(
                 code="A021", where=where, message="size differs", expected=f"{entry.size} bytes", actual=f"{size} bytes"
             )
             continue
-        found = digest_file(path, on_bytes)
-        if not quick and found.sha256 != entry.sha256:
+        found = None if quick else digest_file(path, on_bytes)
+        xxh3 = xxh3_file(path, on_bytes) if found is None else found.xxh3_128
+        if found is not None and found.sha256 != entry.sha256:
             yield Finding(
                 code="A022", where=where, message="digest differs", expected=entry.sha256, actual=found.sha256
             )
-        elif found.xxh3_128 != entry.xxh3_128:
-            yield Finding(
-                code="A023", where=where, message="xxh3 differs", expected=entry.xxh3_128, actual=found.xxh3_128
-            )
+        elif xxh3 != entry.xxh3_128:
+            yield Finding(code="A023", where=where, message="xxh3 differs", expected=entry.xxh3_128, actual=xxh3)
 
 
 def _check_part(directory: Path, number: int, part: PartEntry, manifest: Manifest) -> Iterator[Finding]:
@@ -172,11 +176,13 @@ def _check_part(directory: Path, number: int, part: PartEntry, manifest: Manifes
     tokens_path, topk_path, rollouts_path = (
         layout.part_file(number, kind) for kind in (layout.TOKENS, layout.TOPK, layout.ROLLOUTS)
     )
+    where = tokens_path
     try:
         tokens = read_arrays(directory / tokens_path, TOKENS_ARRAYS)
+        where = topk_path
         topk = read_arrays(directory / topk_path, TOPK_ARRAYS)
     except ArtifactError as error:
-        yield _found("A030", error, layout.PARTS)
+        yield _found("A030", error, where)
         return
     if bool(OPTIONAL_ARRAYS & set(tokens)) != manifest.reference_logprobs:
         yield Finding(
@@ -214,7 +220,7 @@ def _check_structure(
             return
     offsets, prompts = tokens["rollout_offsets"], tokens["prompt_lengths"].astype(np.int64)
     rollouts = np.diff(offsets)
-    if offsets[0] != 0 or offsets[-1] != counts.tokens or (rollouts < 0).any():
+    if offsets[0] != 0 or offsets[-1] != counts.tokens or (offsets[1:] < offsets[:-1]).any():
         yield _value("A041", tokens_path, "`rollout_offsets` do not run from 0 to the number of tokens", counts.tokens)
     elif (prompts < 1).any() or (prompts > rollouts).any():
         row = int(np.flatnonzero((prompts < 1) | (prompts > rollouts))[0])
@@ -252,8 +258,7 @@ def _check_topk(tokens: Arrays, topk: Arrays, manifest: Manifest, where: str) ->
         yield _value("A050", where, "a stored id is out of range", f"below {size}", ids.max())
     yield from _check_logprobs(logprobs, "logprobs", where, encoding.topk_step, finite=True)
     yield from _check_logprobs(topk["tail_logprobs"], "tail_logprobs", where, encoding.topk_step, finite=False)
-    least = min(encoding.k_min, size)
-    if len(counts) and (int(counts.max()) > encoding.k_max or int(counts.min()) < min(least, 1)):
+    if len(counts) and (int(counts.max()) > encoding.k_max or int(counts.min()) < 1):
         found = f"{counts.min()} to {counts.max()}"
         yield _value("A060", where, "`counts` are out of range", f"1 to {encoding.k_max}", found)
     position = np.repeat(np.arange(len(counts)), counts)
@@ -353,4 +358,4 @@ def _value(code: str, where: str, message: str, expected: object = None, actual:
 
 
 def _found(code: str, error: LopdError, where: str = layout.MANIFEST) -> Finding:
-    return _value(code, where, error.message, error.expected, error.actual)
+    return replace(_value(code, where, error.message, error.expected, error.actual), hint=error.hint)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -76,7 +77,8 @@ def _score_in_processes(
     scored = context.Value("q", 0)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (plan, building, scored))
     try:
-        waiting: set[Future[None]] = {pool.submit(_work, number) for number in missing}
+        with _interrupts_held_back():
+            waiting: set[Future[None]] = {pool.submit(_work, number) for number in missing}
         while waiting:
             finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
             report(scored.value)
@@ -86,16 +88,33 @@ def _score_in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(plan: Plan, building: Path, scored: Any) -> None:
-    """Load the teacher once per process; Ctrl-C is the parent's to handle, after the part in hand."""
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(plan.threads)
-    _worker.update(plan=plan, building=building, scored=scored, teacher=_load_teacher(plan))
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes started in here never see Ctrl-C, which is for this one to handle, after the parts in hand."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: dict[str, Any] = {}  # what one worker process keeps between parts
+
+
+def _start_worker(plan: Plan, building: Path, scored: Any) -> None:
+    import torch
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(plan.threads)
+    _worker.update(plan=plan, building=building, scored=scored)
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent was killed; nothing would ever tell this process otherwise."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(number: int) -> None:
@@ -103,6 +122,8 @@ def _work(number: int) -> None:
         with _worker["scored"].get_lock():
             _worker["scored"].value += count
 
+    if "teacher" not in _worker:  # here and not at the start, where an error would be lost
+        _worker["teacher"] = _load_teacher(_worker["plan"])
     part, columns = score_part(_worker["plan"], _worker["teacher"], number, on_positions)
     write_part(_worker["building"], number, part, columns)
 

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.hub.fixtures", "tests.pipeline"]
+
+os.environ.pop("FORCE_COLOR", None)  # else rich takes a captured stderr for a terminal
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

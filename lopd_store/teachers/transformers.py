@@ -18,6 +18,7 @@ from lopd_store.rollouts import Rollout
 from lopd_store.teachers import RolloutScores
 
 _HEAD_CHUNK_VALUES = 1 << 25  # logits alive at a time: 128 MiB of float32
+_TINY = -80.0  # nat; the exponential of a smaller log-prob has few bits or none in float32
 
 
 class TransformersTeacher:
@@ -102,6 +103,8 @@ def score_logits(
     # 0 * -inf is not a number, and a probability of 0 contributes nothing.
     entropies = -torch.where(mass > 0, mass * logprobs, 0).sum(dim=-1)
     tail = mass.scatter_(1, top_ids, 0).sum(dim=-1).log()
+    if bool((tiny := tail < _TINY).any()):
+        tail[tiny] = logprobs[tiny].scatter(1, top_ids[tiny], -torch.inf).logsumexp(dim=-1)
     columns = {
         "sampled_logprobs": logprobs.gather(1, targets[:, None])[:, 0],
         "ids": top_ids.to(torch.int32),

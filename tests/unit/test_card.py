@@ -1,0 +1,41 @@
+"""The dataset card says what the manifest says, and nothing in it is markup."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lopd_store.card import render_card, tag_of
+from tests.artifacts import identity_named
+from tests.records import DATA, INPUTS, make_manifest
+
+
+def test_the_card_names_the_fingerprint_the_teacher_and_the_verdict() -> None:
+    card = render_card(make_manifest(), DATA)
+    for text in (DATA, "teacher", INPUTS.teacher.weights, "consistent", "at most 64, until 99 % of the mass"):
+        assert text in card
+
+
+def test_the_card_begins_with_its_metadata() -> None:
+    assert render_card(make_manifest(), DATA).startswith("---\ntags:\n- lopd\n")
+
+
+def test_a_name_cannot_bring_markup_into_the_card() -> None:
+    evil = identity_named("x | <script>`\n# [click](http://evil)")
+    card = render_card(make_manifest(inputs=replace(INPUTS, teacher=evil)), DATA)
+    assert "<script>" not in card and "](" not in card and "\n# [" not in card and "x | " not in card
+
+
+def test_the_tag_is_the_beginning_of_the_fingerprint() -> None:
+    assert tag_of("sha256:0123456789abcdef" + "0" * 48) == "lopd-0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "category"),
+    [(0, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (123_456, "100K<n<1M"), (5_000_000, "1M<n<10M"), (10**10, "n>1B")],
+)
+def test_the_size_category_is_the_hubs(rollouts: int, category: str) -> None:
+    manifest = make_manifest()
+    card = render_card(replace(manifest, counts=replace(manifest.counts, rollouts=rollouts)), DATA)
+    assert f"size_categories:\n- {category}\n" in card

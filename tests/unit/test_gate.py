@@ -1,0 +1,111 @@
+"""The gate as a table: who may train from what, and which overrides it takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lopd_store.errors import ConsistencyError
+from lopd_store.gate import ALLOW_INCONSISTENT, ALLOW_UNKNOWN, OVERRIDES, enforce, judge
+from lopd_store.identity import ModelIdentity
+from lopd_store.manifest import Inputs
+from lopd_store.provenance import UNKNOWN_SFT
+from tests.artifacts import identity_named
+from tests.records import INPUTS, OTHER_STUDENT, OTHER_TEACHER, SFT, STUDENT
+
+UNKNOWN_TEACHER = replace(INPUTS, sft=UNKNOWN_SFT)
+OTHER_SFT_TEACHER = replace(INPUTS, sft=replace(SFT, teacher=OTHER_TEACHER))
+UNKNOWN_POLICY = replace(INPUTS, rollouts=None)
+OTHER_TOKENIZER = identity_named("student", tokenizer=identity_named("x").weights)
+LARGER_VOCABULARY = identity_named("student", vocab_size=301)
+
+TABLE = [
+    # inputs, student, state, subjects, overrides that are needed
+    (INPUTS, STUDENT, "consistent", (), ()),
+    (INPUTS, None, "consistent", (), ()),
+    (UNKNOWN_TEACHER, STUDENT, "unknown", ("teacher",), (ALLOW_UNKNOWN,)),
+    (UNKNOWN_TEACHER, None, "unknown", ("teacher",), (ALLOW_UNKNOWN,)),
+    (OTHER_SFT_TEACHER, STUDENT, "inconsistent", ("teacher",), (ALLOW_INCONSISTENT,)),
+    (INPUTS, OTHER_STUDENT, "inconsistent", ("student",), (ALLOW_INCONSISTENT,)),
+    (UNKNOWN_POLICY, STUDENT, "unknown", ("student",), (ALLOW_UNKNOWN,)),
+    (UNKNOWN_POLICY, None, "consistent", (), ()),
+    (UNKNOWN_TEACHER, OTHER_STUDENT, "inconsistent", ("teacher", "student"), (ALLOW_INCONSISTENT, ALLOW_UNKNOWN)),
+    (OTHER_SFT_TEACHER, OTHER_STUDENT, "inconsistent", ("teacher", "student"), (ALLOW_INCONSISTENT,)),
+]
+TABLE_NAMES = ("inputs", "student", "state", "subjects", "needed")
+
+
+@pytest.mark.parametrize(TABLE_NAMES, TABLE)
+def test_the_verdict_names_its_state_and_subjects(
+    inputs: Inputs, student: ModelIdentity | None, state: str, subjects: tuple[str, ...], needed: tuple[str, ...]
+) -> None:
+    verdict = judge(inputs, student)
+    assert verdict.state == state
+    assert tuple(finding.subject for finding in verdict.findings) == subjects
+
+
+@pytest.mark.parametrize(TABLE_NAMES, TABLE)
+def test_only_the_overrides_that_are_needed_are_used(
+    inputs: Inputs, student: ModelIdentity | None, state: str, subjects: tuple[str, ...], needed: tuple[str, ...]
+) -> None:
+    assert enforce(judge(inputs, student), OVERRIDES) == tuple(sorted(needed))
+
+
+@pytest.mark.parametrize(TABLE_NAMES, [row for row in TABLE if row[4]])
+def test_one_override_too_few_is_refused(
+    inputs: Inputs, student: ModelIdentity | None, state: str, subjects: tuple[str, ...], needed: tuple[str, ...]
+) -> None:
+    for missing in needed:
+        with pytest.raises(ConsistencyError, match=f"or, knowing that the gradient is biased, pass `--{missing}`"):
+            enforce(judge(inputs, student), [override for override in OVERRIDES if override != missing])
+
+
+@pytest.mark.parametrize("student", [OTHER_TOKENIZER, LARGER_VOCABULARY])
+def test_another_tokenizer_is_never_overridden(student: ModelIdentity) -> None:
+    verdict = judge(replace(INPUTS, rollouts=None), student)
+    assert verdict.findings[-1].subject == "tokenizer"
+    with pytest.raises(
+        ConsistencyError, match=r"the student's tokenizer is not the teacher's(?s:.)*hint: .*tokenizer$"
+    ):
+        enforce(verdict, OVERRIDES)
+
+
+def test_a_refusal_shows_both_identities_where_they_differ() -> None:
+    with pytest.raises(ConsistencyError) as refusal:
+        enforce(judge(OTHER_SFT_TEACHER))
+    wanted, found = (identity.weights[7:19] for identity in (OTHER_TEACHER, INPUTS.teacher))
+    assert str(refusal.value) == (
+        "teacher consistency is inconsistent: "
+        "the SFT data was written by another teacher than the one that scored the rollouts\n"
+        f"  expected  other-teacher  (weights {wanted}…)\n"
+        f"  actual    teacher  (weights {found}…)\n\n"
+        "hint: score the rollouts with the teacher that wrote the SFT data; "
+        "or, knowing that the gradient is biased, pass `--allow-inconsistent-teacher`"
+    )
+
+
+def test_a_refusal_for_want_of_provenance_says_how_to_name_it() -> None:
+    with pytest.raises(ConsistencyError, match=r"  actual    unknown\n\nhint: .*`lopd-store build --sft …`"):
+        enforce(judge(UNKNOWN_TEACHER))
+
+
+@pytest.mark.parametrize("name", ["name", "revision"])
+def test_where_a_model_came_from_takes_no_part(name: str) -> None:
+    assert judge(INPUTS, identity_named("student", **{name: "elsewhere"})).state == "consistent"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": identity_named("x").weights},
+        {"config": identity_named("x").weights},
+        {"chat_template": identity_named("x").weights},
+        {"adapter": identity_named("x").weights},
+        {"quantization": "gguf"},
+        {"output_width": 321},
+    ],
+)
+def test_every_other_difference_makes_another_student(changes: dict[str, object]) -> None:
+    (finding,) = judge(INPUTS, identity_named("student", **changes)).findings
+    assert (finding.subject, finding.differences) == ("student", tuple(changes))

@@ -1,0 +1,181 @@
+"""The manifest: read back as written, versions, and every way in which it is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lopd_store.encoding import make_encoding
+from lopd_store.errors import ArtifactError
+from lopd_store.manifest import Manifest, parse, render
+from lopd_store.provenance import UNKNOWN_SFT
+from tests.artifacts import edit_manifest
+from tests.records import INPUTS, make_manifest
+
+MANIFEST = make_manifest()
+DATA = render(MANIFEST)
+FILE = ("parts", 1, "files", "topk")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        MANIFEST,
+        make_manifest(
+            parts=1, encoding=make_encoding(exact=True, k_min=3, k_max=8, coverage=1), reference_logprobs=False
+        ),
+        make_manifest(inputs=replace(INPUTS, sft=UNKNOWN_SFT, rollouts=None)),
+        make_manifest(annotations={"note": "mine", "tags": ["ä", None, {"x": 1.5}]}),
+    ],
+)
+def test_a_manifest_comes_back_from_its_bytes(manifest: Manifest) -> None:
+    assert parse(render(manifest)) == manifest
+
+
+def test_a_manifest_that_is_read_and_written_has_the_same_bytes() -> None:
+    assert render(parse(DATA)) == DATA
+
+
+def test_the_bounds_are_half_the_steps() -> None:
+    encoding = json.loads(DATA)["encoding"]
+    assert encoding["bounds"] == {name: step / 2 for name, step in encoding["steps"].items()}
+
+
+# Versions
+
+PLACES: list[tuple[str | int, ...]] = [
+    ("news",),
+    ("inputs", "news"),
+    ("inputs", "scoring", "news"),
+    ("counts", "news"),
+    ("parts", 0, "news"),
+    ("parts", 1, "counts", "news"),
+    ("parts", 1, "files", "news"),
+    ("parts", 1, "files", "tokens", "news"),
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_unknown_member_is_refused_at_the_own_minor_version(place: tuple[str | int, ...]) -> None:
+    with pytest.raises(ArtifactError, match=r"has unknown members: `news`\n\nhint: .* `annotations`"):
+        parse(edit_manifest(DATA, *place, value=1))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_unknown_member_is_ignored_at_a_higher_minor_version(place: tuple[str | int, ...]) -> None:
+    newer = edit_manifest(edit_manifest(DATA, *place, value=1), "version", value="1.7")
+    assert parse(newer) == replace(MANIFEST, version="1.7")
+
+
+def test_a_member_of_this_version_may_not_lack_at_a_higher_minor_version() -> None:
+    document = json.loads(edit_manifest(DATA, "version", value="1.7"))
+    del document["inputs"]
+    with pytest.raises(ArtifactError, match="lacks `inputs`"):
+        parse(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize("version", ["2.0", "0.9", "10.0"])
+def test_another_major_version_is_refused_with_the_way_out(version: str) -> None:
+    with pytest.raises(ArtifactError, match=rf"format version {version}, (?s:.)*hint: pip install --upgrade lopd"):
+        parse(edit_manifest(DATA, "version", value=version))
+
+
+@pytest.mark.parametrize("version", ["1", "1.0.0", "01.0", "1.-1", "v1.0", "1.0\n", 1.0, None, "1.99999"])
+def test_what_is_no_version_is_refused(version: Any) -> None:
+    with pytest.raises(ArtifactError, match="is not a version"):
+        parse(edit_manifest(DATA, "version", value=version))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("../parts/00001.topk.zarr.zip", "/etc/passwd", "parts/../manifest.json", "parts/00000.topk.zarr.zip"),
+        *("parts/00001.tokens.zarr.zip", "C:\\x", "", None, 3),
+    ],
+)
+def test_a_path_that_is_not_the_parts_own_is_refused(path: Any) -> None:
+    with pytest.raises(ArtifactError, match=r"is not a path of this part\n  expected  parts/00001\.topk\.zarr\.zip"):
+        parse(edit_manifest(DATA, *FILE, "path", value=path))
+
+
+@pytest.mark.parametrize("name", ["rollouts", "tokens", "positions", "entries"])
+def test_counts_that_do_not_add_up_are_refused(name: str) -> None:
+    with pytest.raises(ArtifactError, match=f"counts.{name}` is not the sum over the parts"):
+        parse(edit_manifest(DATA, "counts", name, value=1000))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("counts", "rollouts"), -1, "counts.rollouts` is not a count"),
+        (("counts", "rollouts"), True, "counts.rollouts` is not a count"),
+        (("parts", 0, "counts", "tokens"), 2.0, "counts.tokens` is not a count"),
+        (("parts", 0, "counts", "tokens"), 1 << 53, "counts.tokens` is not a count"),
+        (("parts", 0, "counts"), [], "counts` is not an object"),
+        ((*FILE, "size"), -1, "size` is not a size"),
+        ((*FILE, "sha256"), "sha256:0", "sha256` is not a digest"),
+        ((*FILE, "xxh3_128"), "0" * 31, "xxh3_128` is not 32 hex digits"),
+        ((*FILE, "xxh3_128"), None, "xxh3_128` is not 32 hex digits"),
+        ((*FILE,), None, "files.topk` is not an object"),
+        (("parts",), [], "is not a list of 1 to 100000 parts"),
+        (("parts",), {}, "is not a list of 1 to 100000 parts"),
+        (("format",), "flop", "is not the manifest of an artifact"),
+        (("inputs",), [], "inputs` is not an object"),
+        (("inputs", "rollouts_file"), "md5:0", "inputs.rollouts_file` is not a digest"),
+        (("inputs", "teacher", "weights"), "x", "inputs.teacher.weights` is not a digest"),
+        (("inputs", "teacher", "vocab_size"), 0, "inputs.teacher.vocab_size` is not a size"),
+        (("inputs", "teacher", "vocab_size"), 1 << 31, "inputs.teacher.vocab_size` is not a size"),
+        (("inputs", "teacher", "name"), 3, "inputs.teacher.name` is not a string"),
+        (("inputs", "teacher"), None, "inputs.teacher` is not a model identity"),
+        (("inputs", "sft", "status"), "guessed", "inputs.sft.status` is not known"),
+        (("inputs", "scoring", "logprobs"), "processed", "says that the log-probs were processed"),
+        (("inputs", "scoring", "temperature"), 0.7, "says that the log-probs were processed"),
+        (("inputs", "scoring", "engine"), 3, "does not name an engine and a dtype"),
+        (("reference_logprobs",), 1, "`reference_logprobs` is not true or false"),
+        (("annotations",), [], "`annotations` not an object"),
+        (("encoding", "profile"), "lossless", "encoding` is not an encoding of this version"),
+        (("encoding", "steps", "topk_logprobs"), 0.3, "encoding` is not an encoding: a step is not a power of two"),
+        (("encoding", "bounds", "topk_logprobs"), 0.0, "encoding` is not an encoding of this version"),
+        (("encoding", "selection", "rule"), "student", "encoding` is not an encoding of this version"),
+        (("encoding", "selection", "k_max"), 65_535, "encoding` is not an encoding: `k_max` is out of range"),
+        (("encoding", "selection", "k_min"), 65, "encoding` is not an encoding: `k_min` is greater than `k_max`"),
+        (("encoding", "selection", "coverage"), 0, "encoding` is not an encoding: `coverage` is out of range"),
+        (("encoding", "selection"), None, "encoding` is not an encoding"),
+        (("encoding",), "compact", "encoding` is not an encoding"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_with_its_place(
+    place: tuple[str | int, ...], value: Any, said: str
+) -> None:
+    with pytest.raises(ArtifactError, match=said):
+        parse(edit_manifest(DATA, *place, value=value))
+
+
+@pytest.mark.parametrize("data", [b"", b"null", b"[]", b'{"format": "lopd", "format": "lopd"}', DATA[:-10]])
+def test_what_is_no_manifest_at_all_is_refused(data: bytes) -> None:
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        parse(data)
+
+
+def every_place(value: Any, place: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Every path into a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [
+        *([place] if place else []),
+        *(deeper for key, item in inner for deeper in every_place(item, (*place, key))),
+    ]
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 1.5, "x", [], {}, [[]], {"x": {}}])
+def test_no_value_at_any_place_is_worse_than_an_artifact_error(value: Any) -> None:
+    for place in every_place(json.loads(DATA)):
+        try:
+            parse(edit_manifest(DATA, *place, value=value))
+        except ArtifactError as error:
+            assert str(error)

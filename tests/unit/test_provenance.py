@@ -1,0 +1,111 @@
+"""Provenance records: read back as written, refused in any other shape, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lopd_store import strictjson
+from lopd_store.errors import ArtifactError
+from lopd_store.models import PROVENANCE_FILE
+from lopd_store.provenance import (
+    UNKNOWN_SFT,
+    CheckpointRecord,
+    RolloutsRecord,
+    SftProvenance,
+    read_checkpoint_record,
+    sft_of_data,
+    sft_of_policy,
+)
+from tests.records import CHECKPOINT, DATA, OTHER_STUDENT, ROLLOUTS, SFT, TEACHER, policy
+
+Record = CheckpointRecord | RolloutsRecord | SftProvenance
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        ROLLOUTS,
+        replace(ROLLOUTS, policy_checkpoint=None, status="declared"),
+        CHECKPOINT,
+        replace(CHECKPOINT, method="opd", overrides=("allow-inconsistent-teacher",), sft=UNKNOWN_SFT),
+        SFT,
+        UNKNOWN_SFT,
+        replace(SFT, status="declared", data=None),
+    ],
+)
+def test_a_record_comes_back_from_its_bytes(record: Record) -> None:
+    data = strictjson.canonical(record.to_json())
+    assert type(record).from_json(strictjson.loads(data, where="x"), where="x") == record
+
+
+@pytest.mark.parametrize(
+    ("record", "edit", "said"),
+    [
+        (ROLLOUTS, lambda v: v.pop("prompts"), "`x` lacks members or has unknown ones: `prompts`"),
+        (ROLLOUTS, lambda v: v.update(extra=1), "`x` lacks members or has unknown ones: `extra`"),
+        (ROLLOUTS, lambda v: v.update(record="checkpoint"), "`x` is not a rollouts record"),
+        (ROLLOUTS, lambda v: v.update(prompts="x"), r"`x\.prompts` is not a digest"),
+        (ROLLOUTS, lambda v: v["sampling"].update(temperature=-1), r"`x\.sampling\.temperature` is not a number"),
+        (ROLLOUTS, lambda v: v["sampling"].update(seed=1.5), r"`x\.sampling\.seed` is not a number"),
+        (ROLLOUTS, lambda v: v["sampling"].update(top_p=True), r"`x\.sampling\.top_p` is not a number"),
+        (ROLLOUTS, lambda v: v["sampling"].pop("seed"), r"`x\.sampling` lacks members"),
+        (ROLLOUTS, lambda v: v["policy"].pop("weights"), r"`x\.policy` is not a model identity"),
+        (ROLLOUTS, lambda v: v.update(policy_checkpoint=[]), r"`x\.policy_checkpoint` is not an object"),
+        (CHECKPOINT, lambda v: v.update(method="dpo"), "`x` is not a checkpoint record"),
+        (CHECKPOINT, lambda v: v.update(overrides="all"), r"`x\.overrides` is not a list of names"),
+        (CHECKPOINT, lambda v: v.update(status="sure"), r"`x\.status` is not known"),
+        (
+            CHECKPOINT,
+            lambda v: v["sft"].update(teacher=None),
+            r"`x\.sft` has status `recorded`, but its teacher is null",
+        ),
+        (SFT, lambda v: v.update(status="unknown"), "`x` has status `unknown`, but its teacher is named"),
+        (SFT, lambda v: v.update(data="x"), r"`x\.data` is not a digest"),
+    ],
+)
+def test_a_record_of_another_shape_is_refused_with_its_place(
+    record: Record, edit: Callable[[Any], Any], said: str
+) -> None:
+    value = record.to_json()
+    edit(value)
+    with pytest.raises(ArtifactError, match=said):
+        type(record).from_json(value, where="x")
+
+
+def test_the_sft_of_a_policy_is_what_its_checkpoint_says() -> None:
+    assert sft_of_policy(ROLLOUTS) == SFT
+
+
+@pytest.mark.parametrize("record", [None, policy(OTHER_STUDENT, None), policy(OTHER_STUDENT, CHECKPOINT)])
+def test_the_sft_of_a_policy_is_unknown_where_no_record_speaks_of_it(record: RolloutsRecord | None) -> None:
+    assert sft_of_policy(record) == UNKNOWN_SFT
+
+
+def test_the_policy_of_sft_data_is_the_sft_teacher() -> None:
+    assert sft_of_data(policy(TEACHER), DATA) == SFT
+
+
+@pytest.mark.parametrize("record", [None, replace(ROLLOUTS, status="unknown")])
+def test_sft_data_of_nobody_in_particular_has_no_teacher(record: RolloutsRecord | None) -> None:
+    assert sft_of_data(record, DATA) == UNKNOWN_SFT
+
+
+def test_a_declared_record_stays_declared() -> None:
+    assert sft_of_data(replace(ROLLOUTS, status="declared"), DATA).status == "declared"
+
+
+def test_the_record_beside_a_checkpoint_is_read(tmp_path: Path) -> None:
+    assert read_checkpoint_record(tmp_path) is None
+    (tmp_path / PROVENANCE_FILE).write_bytes(strictjson.pretty(CHECKPOINT.to_json()))
+    assert read_checkpoint_record(tmp_path) == CHECKPOINT
+
+
+def test_a_damaged_record_beside_a_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / PROVENANCE_FILE).write_bytes(b"{")
+    with pytest.raises(ArtifactError, match=f"{PROVENANCE_FILE}` is not valid JSON"):
+        read_checkpoint_record(tmp_path)
