@@ -16,7 +16,7 @@ from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
 from lopd_store.manifest import Inputs, Scoring
 from lopd_store.models import PROVENANCE_FILE, pick_device
-from lopd_store.provenance import SftProvenance, parse_checkpoint_record, sft_of_data, sft_of_policy
+from lopd_store.provenance import SftProvenance, declared, parse_checkpoint_record, sft_of_data, sft_of_policy
 from lopd_store.rollouts import RolloutsFile
 
 MAX_PART_POSITIONS = 1 << 20
@@ -115,23 +115,37 @@ def part_borders(response_lengths: Sequence[int], part_positions: int | None = N
     return tuple(borders)
 
 
-def read_sft(path: Path) -> SftProvenance:
-    """What `build --sft RECORD` names: SFT data (Parquet), a checkpoint directory, or a checkpoint record."""
+def read_sft(path: Path, policy: ModelIdentity | None) -> SftProvenance:
+    """What `build --sft RECORD` names: SFT data (Parquet), a checkpoint directory, or a checkpoint record.
+
+    It is `declared` where only the user's word ties it to the policy that sampled the rollouts. Raises InputError
+    where it is the record of another checkpoint.
+    """
     if path.is_dir():
         path = path / PROVENANCE_FILE
     if not path.is_file():
         raise InputError(f"no SFT provenance at `{path}`", hint="name SFT data, a checkpoint directory, or its record")
     if path.suffix == ".parquet":
         file = RolloutsFile(path)
-        return sft_of_data(file.record, file.digest())
-    return parse_checkpoint_record(path.read_bytes(), where=str(path)).sft
+        return declared(sft_of_data(file.record, file.digest()))
+    record = parse_checkpoint_record(path.read_bytes(), where=str(path))
+    if policy is None:
+        return declared(record.sft)
+    if differences := record.model.differences(policy):
+        raise InputError(
+            f"`--sft {path}` is the record of another checkpoint than the policy that sampled the rollouts",
+            expected=f"{policy.name}, weights {policy.weights}",
+            actual=f"{record.model.name}, which differs in {', '.join(differences)}",
+            hint="name the checkpoint that sampled the rollouts, or the SFT data that it was trained on",
+        )
+    return record.sft
 
 
 def _sft_provenance(file: RolloutsFile, sft: Path | None) -> SftProvenance:
     carried = sft_of_policy(file.record)
     if sft is None:
         return carried
-    named = read_sft(sft)
+    named = read_sft(sft, None if file.record is None else file.record.policy)
     if carried.teacher and named.teacher and (differences := carried.teacher.differences(named.teacher)):
         raise InputError(
             f"`--sft {sft}` names another teacher than the rollouts themselves",

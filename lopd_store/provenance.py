@@ -10,7 +10,7 @@ A record says what its tool saw (`recorded`) or what a person claims (`declared`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,6 +179,11 @@ def sft_of_data(record: RolloutsRecord | None, digest: str) -> SftProvenance:
     if record is None or record.status == "unknown":
         return UNKNOWN_SFT
     return SftProvenance(status=record.status, teacher=record.policy, data=digest)
+
+
+def declared(sft: SftProvenance) -> SftProvenance:
+    """The same on a person's word."""
+    return sft if sft.teacher is None else replace(sft, status="declared")
 
 
 def read_checkpoint_record(directory: Path) -> CheckpointRecord | None:

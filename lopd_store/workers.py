@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lopd_store import models
 from lopd_store.errors import InputError
 from lopd_store.plan import Plan
 from lopd_store.rollouts import RolloutsFile
@@ -46,14 +47,28 @@ def score_parts(plan: Plan, building: Path, workers: int, on_progress: OnProgres
 
 
 def count_workers(asked: int | None, plan: Plan) -> int:
-    """How many processes to use: as many as asked for, else one per processor; never more than there are parts."""
+    """How many processes to use: as many as asked for, else one per processor; never more than there are parts.
+
+    Each holds the whole teacher, so unasked there are only as many as fit into half of the memory that is free.
+    """
     if asked is not None:
         if asked < 1:
             raise InputError("`workers` is out of range", expected="1 or more", actual=asked)
         return min(asked, len(plan.parts))
     if plan.device != "cpu":
         return 1
-    return min(max(1, (os.cpu_count() or 1) // plan.threads), len(plan.parts))
+    fit = _free_memory() // 2 // _teacher_bytes(plan)
+    return max(1, min((os.cpu_count() or 1) // plan.threads, fit, len(plan.parts)))
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _teacher_bytes(plan: Plan) -> int:
+    """A guess at what one loaded teacher takes: its files, twice for safetensors, eight times for 4-bit GGUF."""
+    files = models.find(plan.teacher_path)
+    return sum(path.stat().st_size for path in files.weights) * (2 if files.gguf_file is None else 8)
 
 
 def _score_here(plan: Plan, building: Path, missing: list[int], report: Callable[[int], None]) -> None:

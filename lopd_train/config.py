@@ -18,6 +18,7 @@ from lopd_store.models import default_device
 
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "bfloat16"]
+Loss = Literal["sampled", "reverse_kl"]
 # These change how fast a run goes and what it needs, not what it computes, so a resumed run may change them.
 FREE_TO_CHANGE = frozenset({"device", "micro_batch_tokens", "gradient_checkpointing", "checkpoint_every"})
 
@@ -26,6 +27,7 @@ FREE_TO_CHANGE = frozenset({"device", "micro_batch_tokens", "gradient_checkpoint
 class TrainConfig:
     """How to train. The defaults are those of Lightning OPD (arXiv 2604.13010)."""
 
+    objective: Annotated[Loss, "Of opd: on the sampled token, as in the paper, or over top-k and tail."] = "sampled"
     steps: Annotated[int | None, "Optimiser steps; by default as many as `epochs` asks for."] = None
     epochs: Annotated[float, "Passes over the training rollouts, where `steps` is not given."] = 1.0
     learning_rate: Annotated[float, "Peak learning rate."] = 2e-6
@@ -46,6 +48,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
+            ("objective", self.objective in get_args(Loss), " or ".join(get_args(Loss))),
             ("steps", self.steps is None or self.steps >= 1, "1 or more"),
             ("epochs", 0 < self.epochs < math.inf, "above 0"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 import lopd_store
 from lopd_store import gate
 from lopd_store.errors import InputError
@@ -45,10 +47,11 @@ def train_opd(
     verdict = gate.judge(inputs, base)
     overridden = gate.enforce(verdict, overrides)
     training, held_out = hold_out(read_artifact(opened), fraction=config.eval_fraction, seed=config.seed)
-    if any(record.topk is None for record in held_out):
+    whole = config.objective != "sampled"  # trains on the whole stored distribution
+    if any(record.topk is None for record in ([*training, *held_out] if whole else held_out)):
         raise InputError(
-            f"`{artifact}` is a copy without top-k, so held-out reverse KL cannot be measured",
-            hint="pull the whole artifact, or pass `--eval-fraction 0`",
+            f"`{artifact}` is a copy without top-k, so reverse KL cannot be computed",
+            hint="pull the whole artifact, or pass `--objective sampled --eval-fraction 0`",
         )
     run = Run(
         method="opd",
@@ -63,15 +66,15 @@ def train_opd(
     )
     return fit(
         run,
-        objective=SAMPLED,
-        training=[replace(record, topk=None) for record in training],  # the objective reads sampled log-probs only
+        objective=OBJECTIVES[config.objective],
+        training=training if whole else [replace(record, topk=None) for record in training],
         held_out=held_out,
         output=output,
         on_progress=on_progress,
     )
 
 
-def _train(student: Student, batch: Batch) -> Sums:
+def _train_sampled(student: Student, batch: Batch) -> Sums:
     assert batch.sampled_logprobs is not None
     logprobs = student.token_logprobs(batch)
     return {
@@ -80,13 +83,24 @@ def _train(student: Student, batch: Batch) -> Sums:
     }
 
 
+def _train_reverse_kl(student: Student, batch: Batch) -> Sums:
+    return {"loss": _reverse_kl(student, batch)}
+
+
 def _evaluate(student: Student, batch: Batch) -> Sums:
+    return {"reverse_kl": _reverse_kl(student, batch)}
+
+
+def _reverse_kl(student: Student, batch: Batch) -> Tensor:
     assert batch.topk is not None
     logprobs, tail = student.topk_logprobs(batch)
     kl = losses.reverse_kl_topk(
         logprobs, tail, batch.topk.logprobs, batch.topk.tail_logprobs, entry_positions=batch.topk.positions
     )
-    return {"reverse_kl": kl.sum()}
+    return kl.sum()
 
 
-SAMPLED = Objective(train=_train, evaluate=_evaluate)
+OBJECTIVES = {
+    "sampled": Objective(train=_train_sampled, evaluate=_evaluate),
+    "reverse_kl": Objective(train=_train_reverse_kl, evaluate=_evaluate),
+}

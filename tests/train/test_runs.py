@@ -24,7 +24,7 @@ from lopd_store.provenance import read_checkpoint_record
 from lopd_store.rollouts import write_rollouts
 from lopd_train import Progress, RunResult, TrainConfig
 from tests.tiny import save_tiny_model
-from tests.train.conftest import build, sample
+from tests.train.conftest import CONFIG, build, sample
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,13 @@ def test_opd_moves_the_student_towards_the_teacher(artifact: Path, reference: Pa
     lopd_train.train(artifact=artifact, student=reference, output=tmp_path / "opd", config=config)
     lines = metrics(tmp_path / "opd")
     assert lines[-1]["advantage"] > lines[0]["advantage"] + 0.5
+
+
+def test_the_reverse_kl_objective_lowers_the_reverse_kl(artifact: Path, reference: Path, tmp_path: Path) -> None:
+    settings = replace(CONFIG, objective="reverse_kl", steps=10, batch_rollouts=100, learning_rate=1e-2)
+    result = lopd_train.train(artifact=artifact, student=reference, output=tmp_path / "opd", config=settings)
+    losses = [line["loss"] for line in metrics(result.output) if "loss" in line]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_the_metrics_have_a_line_per_step_and_per_evaluation(opd: RunResult) -> None:

@@ -279,13 +279,13 @@ def test_an_artifact_without_sft_provenance_is_refused_to_a_student(
         lopd_store.open(artifact.path, student=student)
 
 
-def test_sft_data_can_be_named(
+def test_sft_data_can_be_named_on_the_users_word(
     teacher_dir: Path, teacher: ModelIdentity, student: ModelIdentity, tmp_path: Path
 ) -> None:
     data = save_rollouts(tmp_path / "sft.parquet", random_pairs([(2, 2)]), record=policy(teacher))
     artifact = build_with(policy(student), teacher_dir, tmp_path, sft=data)
     found = artifact.manifest.inputs.sft
-    assert (found.status, found.teacher, found.data) == ("recorded", teacher, digest_contents(data.read_bytes()).sha256)
+    assert (found.status, found.teacher, found.data) == ("declared", teacher, digest_contents(data.read_bytes()).sha256)
 
 
 @pytest.mark.parametrize("name", ["", PROVENANCE_FILE])
@@ -296,6 +296,15 @@ def test_an_sft_checkpoint_can_be_named_by_its_directory_or_its_record(
     (tmp_path / PROVENANCE_FILE).write_text(json.dumps(record.to_json()))
     artifact = build_with(policy(student), teacher_dir, tmp_path, sft=tmp_path / name)
     assert artifact.manifest.inputs.sft == record.sft
+
+
+def test_the_record_of_another_checkpoint_is_refused(
+    teacher_dir: Path, teacher: ModelIdentity, student: ModelIdentity, tmp_path: Path
+) -> None:
+    other = checkpoint_of(replace(student, weights=teacher.weights), teacher)
+    (tmp_path / PROVENANCE_FILE).write_text(json.dumps(other.to_json()))
+    with pytest.raises(InputError, match=r"is the record of another checkpoint(?s:.)*which differs in weights"):
+        build_with(policy(student), teacher_dir, tmp_path, sft=tmp_path)
 
 
 def test_sft_data_that_names_nobody_leaves_the_sft_teacher_unknown(

@@ -104,6 +104,21 @@ def test_reverse_kl_of_ragged_topk_is_that_of_the_merged_categories() -> None:
         assert 0 < actual[row].item() < (student[row].exp() * (student[row] - teacher[row])).sum().item()
 
 
+def test_reverse_kl_has_the_gradient_of_the_merged_categories() -> None:
+    logits, teacher, stored = float64(3, VOCABULARY, seed=12), dense(13), [[2], [0, 6, 3], [5, 1]]
+    logits.requires_grad_()
+    student = torch.log_softmax(logits, dim=-1)
+    (actual,) = torch.autograd.grad(reverse_kl_topk(*ragged(student, teacher, stored)).sum(), logits)
+    with torch.no_grad():  # d KL / d logit_v = q_v (r_v - sum_u q_u r_u), r = log of the ratio of v's category
+        q = student.exp()
+        ratio = torch.zeros_like(q)
+        for row, ids in enumerate(stored):
+            others = [v for v in range(VOCABULARY) if v not in ids]
+            ratio[row, ids] = (student - teacher)[row, ids]
+            ratio[row, others] = (q[row, others].sum() / teacher[row, others].exp().sum()).log()
+        torch.testing.assert_close(actual, q * (ratio - (q * ratio).sum(dim=-1, keepdim=True)))
+
+
 def test_reverse_kl_of_a_student_equal_to_the_teacher_is_zero() -> None:
     teacher = dense(9)
     torch.testing.assert_close(
