@@ -5,7 +5,6 @@ NAME/manifest.json  build.json  README.md  parts/00000.rollouts.parquet  parts/0
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from lopd_store.errors import InputError
@@ -24,17 +23,11 @@ FILE_KINDS = (ROLLOUTS, TOKENS, TOPK)
 _SUFFIXES = {ROLLOUTS: "rollouts.parquet", TOKENS: "tokens.zarr.zip", TOPK: "topk.zarr.zip"}
 
 MAX_PARTS = 100_000
-_PART_FILE = re.compile(r"parts/([0-9]{5})\.(rollouts\.parquet|tokens\.zarr\.zip|topk\.zarr\.zip)")
 
 
 def part_file(part: int, kind: str) -> str:
     """The relative path of one file of a part, `parts/00003.topk.zarr.zip`."""
     return f"{PARTS}/{part:05d}.{_SUFFIXES[kind]}"
-
-
-def is_part_file(path: str) -> bool:
-    """Whether this is a path that a manifest may name: nothing absolute, climbing or of another shape is."""
-    return _PART_FILE.fullmatch(path) is not None
 
 
 def no_artifact(path: Path) -> InputError:
