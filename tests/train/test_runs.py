@@ -214,7 +214,7 @@ def test_an_artifact_without_topk_trains_but_is_not_evaluated(
     sampled = tmp_path / "sampled"
     shutil.copytree(artifact, sampled, ignore=shutil.ignore_patterns("*.topk.zarr.zip"))
     arguments: dict[str, Any] = {"artifact": sampled, "student": reference, "output": tmp_path / "opd"}
-    with pytest.raises(InputError, match=r"without top-k.*\n\nhint: .*`--eval-fraction 0`"):
+    with pytest.raises(InputError, match=r"without top-k.*\n\nhint: .*--eval-fraction 0`"):
         lopd_train.train(**arguments, config=config)
     result = lopd_train.train(**arguments, config=replace(config, steps=1, eval_fraction=0))
     assert result.first_eval == result.last_eval == {}
