@@ -31,14 +31,14 @@ def main() -> None:
     make_teacher(OUTPUT / "teacher")
     make_prompts(OUTPUT / "prompts.jsonl")
     say(f"a student from the teacher's first {STUDENT_LAYERS} layers")
-    make_student(OUTPUT / "teacher", OUTPUT / "base", layers=STUDENT_LAYERS)
+    make_student(OUTPUT / "teacher", OUTPUT / "student", layers=STUDENT_LAYERS)
 
     sample = "lopd-store generate --prompts prompts.jsonl --max-response-tokens 64 --batch-size 32"
     short = "--steps 20 --batch-rollouts 8 --warmup-steps 2 --eval-fraction 0.1"
     say("the teacher writes the SFT data")
     run(f"{sample} --model teacher --output sft.parquet")
     say("SFT makes the reference policy")
-    run(f"lopd-train sft --model base --data sft.parquet --output sft --learning-rate 2e-4 {short}")
+    run(f"lopd-train sft --model student --data sft.parquet --output sft --learning-rate 2e-4 {short}")
     say("the reference policy samples the rollouts")
     run(f"{sample} --model sft --seed 1 --output rollouts.parquet")
     say("the teacher scores them, once")
@@ -52,7 +52,7 @@ def main() -> None:
     run(f"{train} --artifact artifact --output opd")
 
     say("the gate: the same rollouts scored by another teacher are refused")
-    run(f"{build} --teacher base --output wrong-teacher")
+    run(f"{build} --teacher student --output wrong-teacher")
     refused = run(f"{train} --artifact wrong-teacher --output never", code=1)
     summarise(started, refused)
 
