@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from lopd_store import layout, strictjson
@@ -108,6 +109,12 @@ def render(manifest: Manifest) -> bytes:
             "annotations": dict(manifest.annotations),
         }
     )
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a manifest; of one that is too large, just enough for `parse` to refuse it."""
+    with path.open("rb") as file:
+        return file.read(MAX_MANIFEST_BYTES + 1)
 
 
 def parse(data: bytes, *, where: str = layout.MANIFEST) -> Manifest:

@@ -118,7 +118,7 @@ def open(path: str | Path, *, student: ModelIdentity | None = None) -> Artifact:
     file = directory / layout.MANIFEST
     if not file.is_file():
         raise layout.no_artifact(directory)
-    artifact = Artifact(directory, file.read_bytes())
+    artifact = Artifact(directory, manifest.read_bytes(file))
     if student is not None:
         gate.enforce(gate.judge(artifact.manifest.inputs, student))
     return artifact

@@ -104,7 +104,7 @@ def verify(
     if not file.is_file() or file.is_symlink():
         finding = Finding(code="A001", where=layout.MANIFEST, message="there is no manifest, so this is no artifact")
         return Report(fingerprint=None, quick=quick, files=0, bytes=0, findings=(finding,))
-    data = file.read_bytes()
+    data = manifests.read_bytes(file)
     try:
         manifest = manifests.parse(data)
     except ArtifactError as error:

@@ -157,6 +157,14 @@ def test_a_manifest_that_does_not_parse_is_found(artifact: Path, data: bytes) ->
     assert (finding.code, finding.where) == ("A010", layout.MANIFEST)
 
 
+def test_a_manifest_above_its_limit_is_not_read_whole(artifact: Path) -> None:
+    with (artifact / layout.MANIFEST).open("wb") as file:
+        file.truncate(1 << 40)  # a terabyte that takes no room
+    assert codes(artifact) == ["A010"]
+    with pytest.raises(ArtifactError, match="is too large to read"):
+        lopd_store.open(artifact)
+
+
 def test_flipped_bytes_of_the_manifest_are_findings_or_another_artifact(artifact: Path) -> None:
     data = (artifact / layout.MANIFEST).read_bytes()
     honest = verify(artifact, quick=True).fingerprint
