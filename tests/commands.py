@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def run_command(program: str, *arguments: object) -> Ran:
         except SystemExit as ended:
             code = ended.code
     assert isinstance(code, int)
-    return Ran(code=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+    return Ran(code=code, stdout=stdout.getvalue(), stderr=_without_progress(stderr.getvalue()))
 
 
 def interrupt_command(program: str, *arguments: object, when: Callable[[], bool]) -> Ran:
@@ -86,7 +87,7 @@ def run_process(program: str, *arguments: object, env: Mapping[str, str] | None 
     done = subprocess.run(
         command_line(program, *arguments), env=env, cwd=cwd, capture_output=True, text=True, timeout=120
     )
-    return Ran(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
+    return Ran(code=done.returncode, stdout=done.stdout, stderr=_without_progress(done.stderr))
 
 
 def command_line(program: str, *arguments: object) -> list[str]:
@@ -115,7 +116,7 @@ def interrupt_process(
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     wait_for_the_end_of(process.pid)
-    return Ran(code=process.returncode, stdout=stdout, stderr=stderr)
+    return Ran(code=process.returncode, stdout=stdout, stderr=_without_progress(stderr))
 
 
 def wait_for_the_end_of(group: int) -> None:
@@ -133,3 +134,9 @@ def _is_running(group: int) -> bool:
             if int(its_group) == group and state != "Z":
                 return True
     return False
+
+
+def _without_progress(stderr: str) -> str:
+    """What was said but for progress, whose lines appear only where the machine is slow."""
+    lines = stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if not re.match(r"(generate|build|verify|sft|opd): [0-9]", line))
