@@ -85,7 +85,7 @@ def interrupt_command(program: str, *arguments: object, when: Callable[[], bool]
 def run_process(program: str, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Ran:
     """Run an installed command in a process of its own."""
     done = subprocess.run(
-        command_line(program, *arguments), env=env, cwd=cwd, capture_output=True, text=True, timeout=120
+        command_line(program, *arguments), env=env, cwd=cwd, capture_output=True, text=True, timeout=300
     )
     return Ran(code=done.returncode, stdout=done.stdout, stderr=_without_progress(done.stderr))
 
@@ -108,13 +108,13 @@ def interrupt_process(
         start_new_session=True,  # Ctrl-C reaches every process of a group, and this test is none of them
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not when():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     wait_for_the_end_of(process.pid)
     return Ran(code=process.returncode, stdout=stdout, stderr=_without_progress(stderr))
 
