@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopd_store.errors import ArtifactError, ConsistencyError, DataError, InputError, LopdError, UnavailableError
 from lopd_store.reader import Artifact, open
+from lopd_store.subset import subset
 from lopd_store.verifier import Report, verify
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "open",
     "pull",
     "push",
+    "subset",
     "verify",
 ]
 _LAZY = {"build": "builder", "generate": "sampler", "identify": "identity", "pull": "hub", "push": "hub"}

@@ -41,6 +41,7 @@ def build(
     k_min: int = 1,
     k_max: int = 64,
     coverage: float = 0.99,
+    text: bool = True,
     engine: str = "transformers",
     dtype: str = "float32",
     device: str | None = None,
@@ -52,7 +53,8 @@ def build(
 ) -> reader.Artifact:
     """Score rollouts with the teacher and seal the result as an artifact, which is returned opened.
 
-    `sft` names the SFT data, checkpoint or record where the rollouts do not carry it. `workers` is the number of
+    `sft` names the SFT data, checkpoint or record where the rollouts do not carry it. Without `text` the artifact has
+    token ids and log-probs only. `workers` is the number of
     processes, None for one per processor (a script that asks for several needs `if __name__ == "__main__":`);
     `threads` is the number of CPU threads of each, which unlike `workers` can change the last bits of a log-prob.
     """
@@ -66,6 +68,7 @@ def build(
         sft=None if sft is None else Path(sft),
         encoding=encoding,
         scoring=Scoring(engine=engine, dtype=dtype),
+        text=text,
         device=device,
         threads=threads,
         batch_tokens=batch_tokens,
@@ -121,6 +124,7 @@ def _seal(plan: Plan, building: Path, output: Path, *, seconds: float, workers: 
         inputs=plan.inputs,
         parts=entries,
         reference_logprobs=plan.reference_logprobs,
+        text=plan.text,
     )
     data = render(manifest)
     happened = {

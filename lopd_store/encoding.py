@@ -1,62 +1,82 @@
-"""How values become the numbers that are stored, and what that costs.
+"""What is kept of each distribution, and how values become the numbers that are stored.
 
-`compact` rounds log-probs to a grid, with the worst-case error stated; `exact` keeps float32. Token ids of the
-top-k are stored as ranks in the part's own frequency table, which makes them small numbers. Rounded values are
-ordinary float32, multiples of a power of two: a reader needs no arithmetic to use them.
+`compact` stores log-probs as codes on a grid, with the worst-case error stated; `exact` keeps float32. Token ids of the
+top-k are stored as rows of the part's own table, frequent ids first, which makes them small numbers; the response
+token, which the tokens file has already, is row 0 wherever it is among the entries.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lopd_store.errors import ArtifactError, InputError
+from lopd_store.grid import Grid
+from lopd_store.lookup import lookup, pieces
 from lopd_store.topk import TopK, sort_entries
 
 Profile = Literal["compact", "exact"]
-K_LIMIT = 65_534  # 65,535 is the fill value of `counts`
-TOPK_STEP = 1 / 16  # nat; tried on real teachers: KL of the rounding about 4e-5 nat
-SAMPLED_STEP = 1 / 256  # nat; the advantage is a difference of two of these
+Rule = Literal["teacher", "teacher+reference"]
+Ids = npt.NDArray[np.uint32]
+
+K_LIMIT = 32_767  # a union has at most twice as many entries, and 65,535 is the fill value of `counts`
+# Tried on a real teacher (benchmarks/format.py): a mean KL of the rounding of about 4e-5 nat.
+TOPK_GRID = Grid(segments=((0.0, 1 / 32), (1.0, 1 / 16), (4.0, 1 / 8), (8.0, 1 / 4)))
+SAMPLED_GRID = Grid(segments=((0.0, 1 / 256), (32.0, 1 / 16)))  # the advantage is a difference of two of these
+RESPONSE_TOKEN = 0  # the stored id of the entry that is the response token; row i of the table is stored as i + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
     """What is kept of each distribution and how finely; everything a reader must know to decode.
 
-    Steps are in nats and 0 where nothing is rounded; the worst-case error of a stored value is half its step.
+    `topk_grid` governs the entries and the tail, `sampled_grid` the sampled and reference log-probs of the response
+    tokens; both are None in the profile `exact`.
     """
 
-    profile: Profile
+    rule: Rule
     k_min: int
     k_max: int
     coverage: float
-    topk_step: float
-    sampled_step: float
+    topk_grid: Grid | None
+    sampled_grid: Grid | None
+
+    @property
+    def profile(self) -> Profile:
+        """`compact` where there are grids, else `exact`."""
+        return "exact" if self.topk_grid is None else "compact"
+
+    @property
+    def most_entries(self) -> int:
+        """The greatest number of entries that a position can have."""
+        return self.k_max * (2 if self.rule == "teacher+reference" else 1)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's `encoding` object."""
+        grids = {"topk_logprobs": self.topk_grid, "sampled_logprobs": self.sampled_grid}
         return {
             "profile": self.profile,
-            "selection": {"rule": "teacher", "k_min": self.k_min, "k_max": self.k_max, "coverage": self.coverage},
-            "steps": {"topk_logprobs": self.topk_step, "sampled_logprobs": self.sampled_step},
-            "bounds": {"topk_logprobs": self.topk_step / 2, "sampled_logprobs": self.sampled_step / 2},
+            "selection": {"rule": self.rule, "k_min": self.k_min, "k_max": self.k_max, "coverage": self.coverage},
+            "grids": {name: None if grid is None else grid.to_json() for name, grid in grids.items()},
+            "bounds": {name: 0.0 if grid is None else grid.bound for name, grid in grids.items()},
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any], *, where: str) -> Encoding:
         """Parse what `to_json` gave; raises ArtifactError where it says something else."""
         try:
-            selection, steps = value["selection"], value["steps"]
+            selection, grids = value["selection"], value["grids"]
             encoding = make_encoding(
                 exact=value["profile"] == "exact",
+                rule=selection["rule"],
                 k_min=selection["k_min"],
                 k_max=selection["k_max"],
                 coverage=selection["coverage"],
-                topk_step=steps["topk_logprobs"],
-                sampled_step=steps["sampled_logprobs"],
+                topk_grid=_parse_grid(grids["topk_logprobs"]),
+                sampled_grid=_parse_grid(grids["sampled_logprobs"]),
             )
         except (KeyError, TypeError, InputError) as error:
             raise ArtifactError(f"`{where}` is not an encoding: {error}") from error
@@ -68,13 +88,16 @@ class Encoding:
 def make_encoding(
     *,
     exact: bool = False,
+    rule: Rule = "teacher",
     k_min: int = 1,
     k_max: int = 64,
     coverage: float = 0.99,
-    topk_step: float = TOPK_STEP,
-    sampled_step: float = SAMPLED_STEP,
+    topk_grid: Grid | None = TOPK_GRID,
+    sampled_grid: Grid | None = SAMPLED_GRID,
 ) -> Encoding:
     """An encoding from the options of `lopd-store build`; raises InputError at values out of range."""
+    if rule not in ("teacher", "teacher+reference"):
+        raise InputError("there is no such selection", expected="teacher or teacher+reference", actual=rule)
     for name, k in (("k_min", k_min), ("k_max", k_max)):
         if type(k) is not int or not 1 <= k <= K_LIMIT:
             raise InputError(f"`{name}` is out of range", expected=f"1 to {K_LIMIT}", actual=k)
@@ -82,55 +105,80 @@ def make_encoding(
         raise InputError("`k_min` is greater than `k_max`", actual=f"{k_min} > {k_max}")
     if type(coverage) not in (int, float) or not 0 < coverage <= 1:
         raise InputError("`coverage` is out of range", expected="above 0, at most 1 (1 keeps k_max)", actual=coverage)
-    if exact:
-        topk_step = sampled_step = 0.0
-    elif not all(step in (2.0**-n for n in range(1, 21)) for step in (topk_step, sampled_step)):
-        raise InputError("a step is not a power of two", expected="1/2, 1/4, … 2^-20", actual=(topk_step, sampled_step))
+    if not exact and (topk_grid is None or sampled_grid is None):
+        raise InputError("the profile `compact` lacks a grid")
     return Encoding(
-        profile="exact" if exact else "compact",
+        rule=rule,
         k_min=k_min,
         k_max=k_max,
         coverage=float(coverage),
-        topk_step=float(topk_step),
-        sampled_step=float(sampled_step),
+        topk_grid=None if exact else topk_grid,
+        sampled_grid=None if exact else sampled_grid,
     )
 
 
-def round_to_grid(logprobs: npt.NDArray[np.float32], step: float) -> npt.NDArray[np.float32]:
-    """The nearest multiples of `step` (ties to even), unchanged for step 0; -inf stays, and -0.0 becomes 0.0."""
-    if step == 0:
-        return logprobs
-    rounded: npt.NDArray[np.float32] = np.rint(logprobs / np.float32(step)) * np.float32(step) + np.float32(0)
-    return rounded
+def round_logprobs(logprobs: npt.NDArray[np.float32], grid: Grid | None) -> npt.NDArray[np.float32]:
+    """The nearest levels of the grid; the same values where there is none."""
+    return logprobs if grid is None else grid.to_logprobs(grid.to_codes(logprobs))
 
 
-def round_topk(topk: TopK, step: float) -> TopK:
-    """Round log-probs and tail, and put entries that rounding made equal back in order of their ids."""
-    if step == 0:
+def round_topk(topk: TopK, grid: Grid | None) -> TopK:
+    """Round every log-prob, and put entries that rounding made equal back in order of their ids."""
+    if grid is None:
         return topk
-    rounded = TopK(
-        counts=topk.counts,
-        ids=topk.ids,
-        logprobs=round_to_grid(topk.logprobs, step),
-        tail_logprobs=round_to_grid(topk.tail_logprobs, step),
+    reference, reference_tail = topk.reference_logprobs, topk.reference_tail_logprobs
+    rounded = replace(
+        topk,
+        logprobs=round_logprobs(topk.logprobs, grid),
+        tail_logprobs=round_logprobs(topk.tail_logprobs, grid),
+        reference_logprobs=None if reference is None else round_logprobs(reference, grid),
+        reference_tail_logprobs=None if reference_tail is None else round_logprobs(reference_tail, grid),
     )
     return sort_entries(rounded)
 
 
-def ids_to_ranks(ids: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
-    """(table, ranks): `table[ranks]` are the ids; the table lists distinct ids, most frequent first, then by id."""
-    if len(ids) == 0:
-        return np.zeros(0, np.uint32), np.zeros(0, np.uint32)
-    frequency = np.bincount(ids)
+def ids_to_rows(ids: Ids, is_response: npt.NDArray[np.bool_]) -> tuple[Ids, Ids]:
+    """(table, rows): what is stored for the ids of the entries, some of which are the response token.
+
+    The table lists the other ids, frequent ones first: by powers of two of their frequency, then by id, so that it is
+    small itself.
+    """
+    width = int(ids.max(initial=0)) + 1
+    frequency = -np.bincount(ids[is_response], minlength=width)
+    for piece in pieces(len(ids)):
+        frequency += np.bincount(ids[piece], minlength=width)
     distinct = np.flatnonzero(frequency)
-    table = distinct[np.lexsort((distinct, -frequency[distinct]))].astype(np.uint32)
-    rank_of = np.zeros(len(frequency), np.uint32)
-    rank_of[table] = np.arange(len(table), dtype=np.uint32)
-    return table, rank_of[ids]
+    octave = np.frexp(frequency[distinct])[1]
+    table = distinct[np.lexsort((distinct, -octave))].astype(np.uint32)
+    row_of = np.zeros(width, np.uint32)
+    row_of[table] = np.arange(1, len(table) + 1, dtype=np.uint32)
+    rows = lookup(row_of, ids)
+    rows[is_response] = RESPONSE_TOKEN
+    return table, rows
 
 
-def ranks_to_ids(table: npt.NDArray[np.uint32], ranks: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """The ids behind the ranks; raises ArtifactError where a rank has no row in the table."""
-    if len(ranks) and int(ranks.max()) >= len(table):
-        raise ArtifactError("a rank has no row in `id_table`", expected=f"below {len(table)}", actual=int(ranks.max()))
-    return table[ranks]
+class IdDecoder:
+    """Stored rows back to ids, piece by piece in order."""
+
+    def __init__(self, table: Ids, counts: npt.NDArray[np.uint16], response_ids: Ids) -> None:
+        self._ids = np.concatenate([np.zeros(1, np.uint32), table])  # row 0 is filled with the response token
+        self._response_ids = response_ids
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self._first = 0  # position of the next piece's first entry
+
+    def decode(self, start: int, rows: Ids, out: Ids) -> None:
+        """Ids of the entries from `start` on; raises ArtifactError where a row is not in the table."""
+        if int(rows.max(initial=0)) >= len(self._ids):
+            raise ArtifactError(
+                "a row is not in `id_table`", code="A044", expected=f"below {len(self._ids)}", actual=int(rows.max())
+            )
+        lookup(self._ids, rows, out=out)
+        last = self._first + int(np.searchsorted(self._ends[self._first :], start + len(rows)))
+        places = np.flatnonzero(rows == RESPONSE_TOKEN)
+        positions = np.searchsorted(self._ends[self._first : last + 1], places + start, side="right") + self._first
+        out[places] = self._response_ids[positions]
+        self._first = last
+
+
+def _parse_grid(value: Any) -> Grid | None:
+    return None if value is None else Grid.from_json(value)

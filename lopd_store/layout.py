@@ -12,6 +12,7 @@ from lopd_store.errors import InputError
 MANIFEST = "manifest.json"
 BUILD_RECORD = "build.json"
 CARD = "README.md"
+VIEW = "view.json"
 PARTS = "parts"
 BUILDING_SUFFIX = ".building"
 PULLING_SUFFIX = ".pulling"
@@ -25,9 +26,14 @@ _SUFFIXES = {ROLLOUTS: "rollouts.parquet", TOKENS: "tokens.zarr.zip", TOPK: "top
 MAX_PARTS = 100_000
 
 
+def part_name(part: int) -> str:
+    """What the files of a part have in common, `parts/00003`."""
+    return f"{PARTS}/{part:05d}"
+
+
 def part_file(part: int, kind: str) -> str:
     """The relative path of one file of a part, `parts/00003.topk.zarr.zip`."""
-    return f"{PARTS}/{part:05d}.{_SUFFIXES[kind]}"
+    return f"{part_name(part)}.{_SUFFIXES[kind]}"
 
 
 def no_artifact(path: Path) -> InputError:

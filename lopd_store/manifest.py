@@ -10,13 +10,14 @@ the artifact. It holds nothing that merely happened: the same inputs give the sa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lopd_store import layout, strictjson
-from lopd_store.digest import XXH3_PATTERN, FileDigests, is_digest
+from lopd_store.digest import XXH3_PATTERN, FileDigests, digest_json, is_digest
 from lopd_store.encoding import Encoding
 from lopd_store.errors import ArtifactError
 from lopd_store.identity import ModelIdentity
@@ -25,8 +26,12 @@ from lopd_store.provenance import RolloutsRecord, SftProvenance
 FORMAT = "lopd"
 MAJOR, MINOR = 1, 0
 VERSION = f"{MAJOR}.{MINOR}"
+SEAL = "seal"
 MAX_MANIFEST_BYTES = 64 << 20
 _COUNT_LIMIT = 1 << 53
+_MEMBERS = {
+    *("format", "version", SEAL, "counts", "encoding", "reference_logprobs", "text", "inputs", "parts", "annotations"),
+}
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
 
 
@@ -84,6 +89,7 @@ class Manifest:
     inputs: Inputs
     parts: tuple[PartEntry, ...]
     reference_logprobs: bool  # whether every part has them
+    text: bool = True  # whether the rollouts tables have prompts and responses as text
     version: str = VERSION
     annotations: Mapping[str, Any] = field(default_factory=dict)
 
@@ -91,13 +97,14 @@ class Manifest:
 def render(manifest: Manifest) -> bytes:
     """The bytes of manifest.json; their digest is the fingerprint."""
     inputs = manifest.inputs
-    return strictjson.pretty(
+    return sealed(
         {
             "format": FORMAT,
             "version": manifest.version,
             "counts": manifest.counts.to_json(),
             "encoding": manifest.encoding.to_json(),
             "reference_logprobs": manifest.reference_logprobs,
+            "text": manifest.text,
             "inputs": {
                 "teacher": inputs.teacher.to_json(),
                 "scoring": inputs.scoring.to_json(),
@@ -111,6 +118,12 @@ def render(manifest: Manifest) -> bytes:
     )
 
 
+def sealed(value: dict[str, Any]) -> bytes:
+    """The stored form of a manifest with its seal: the digest of everything else in it, so that damage shows."""
+    content = {name: member for name, member in value.items() if name != SEAL}
+    return strictjson.pretty({**content, SEAL: digest_json(content)})
+
+
 def read_bytes(path: Path) -> bytes:
     """The bytes of a manifest; of one that is too large, just enough for `parse` to refuse it."""
     with path.open("rb") as file:
@@ -118,52 +131,76 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse(data: bytes, *, where: str = layout.MANIFEST) -> Manifest:
-    """Parse and check the bytes of a manifest; raises ArtifactError with the place of what is wrong."""
-    value = strictjson.loads(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ArtifactError(f"`{where}` is not the manifest of an artifact", expected=f'"format": "{FORMAT}"')
-    newer = _check_version(value.get("version"), where) > MINOR  # then unknown members may be ignored
-    _members(
-        value,
-        {"format", "version", "counts", "encoding", "reference_logprobs", "inputs", "parts", "annotations"},
-        where,
-        newer,
-    )
-    inputs = value["inputs"]
-    _members(inputs, {"teacher", "scoring", "sft", "rollouts_file", "rollouts"}, f"{where}: inputs", newer)
-    counts = _counts(value["counts"], f"{where}: counts", newer)
-    parts = value["parts"]
-    if not isinstance(parts, list) or not 1 <= len(parts) <= layout.MAX_PARTS:
-        raise ArtifactError(f"`{where}: parts` is not a list of 1 to {layout.MAX_PARTS} parts")
-    entries = tuple(_part(part, number, f"{where}: parts[{number}]", newer) for number, part in enumerate(parts))
-    for item in fields(Counts):
-        total = sum(getattr(entry.counts, item.name) for entry in entries)
-        if total != getattr(counts, item.name):
-            raise ArtifactError(
-                f"`{where}: counts.{item.name}` is not the sum over the parts",
-                expected=total,
-                actual=getattr(counts, item.name),
-            )
-    if type(value["reference_logprobs"]) is not bool or not isinstance(value["annotations"], dict):
-        raise ArtifactError(f"`{where}`: `reference_logprobs` is not true or false, or `annotations` not an object")
-    rollouts = inputs["rollouts"]
-    if not is_digest(inputs["rollouts_file"]):
-        raise ArtifactError(f"`{where}: inputs.rollouts_file` is not a digest")
+    """Parse and check the bytes of a manifest; raises ArtifactError with the code and the place of what is wrong."""
+    with _coded("A010"):
+        value = strictjson.loads(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise ArtifactError(f"`{where}` is not the manifest of an artifact", expected=f'"format": "{FORMAT}"')
+    with _coded("A013"):
+        newer = _check_version(value.get("version"), where) > MINOR  # then unknown members may be ignored
+    _check_seal(value, data, where)
+    with _coded("A014"):
+        return _parse(value, where, newer)
+
+
+def _parse(value: dict[str, Any], where: str, newer: bool) -> Manifest:
+    _members(value, _MEMBERS, where, newer)
+    for name, kind in (("reference_logprobs", bool), ("text", bool), ("annotations", dict)):
+        if type(value[name]) is not kind:
+            raise ArtifactError(f"`{where}: {name}` is not {'an object' if kind is dict else 'true or false'}")
+    with _coded("A016"):
+        parts = value["parts"]
+        if not isinstance(parts, list) or not 1 <= len(parts) <= layout.MAX_PARTS:
+            raise ArtifactError(f"`{where}: parts` is not a list of 1 to {layout.MAX_PARTS} parts")
+        entries = tuple(_part(part, number, f"{where}: parts[{number}]", newer) for number, part in enumerate(parts))
+    with _coded("A015"):
+        counts = _counts(value["counts"], f"{where}: counts", newer)
+        for item in fields(Counts):
+            total = sum(getattr(entry.counts, item.name) for entry in entries)
+            if total != getattr(counts, item.name):
+                raise ArtifactError(
+                    f"`{where}: counts.{item.name}` is not the sum over the parts",
+                    expected=total,
+                    actual=getattr(counts, item.name),
+                )
+    with _coded("A017"):
+        encoding = Encoding.from_json(value["encoding"], where=f"{where}: encoding")
+    with _coded("A018"):
+        inputs = _inputs(value["inputs"], f"{where}: inputs", newer)
     return Manifest(
         counts=counts,
-        encoding=Encoding.from_json(value["encoding"], where=f"{where}: encoding"),
-        inputs=Inputs(
-            teacher=ModelIdentity.from_json(inputs["teacher"], where="inputs.teacher"),
-            scoring=_scoring(inputs["scoring"], f"{where}: inputs.scoring", newer),
-            sft=SftProvenance.from_json(inputs["sft"], where="inputs.sft"),
-            rollouts_file=inputs["rollouts_file"],
-            rollouts=None if rollouts is None else RolloutsRecord.from_json(rollouts, where="inputs.rollouts"),
-        ),
+        encoding=encoding,
+        inputs=inputs,
         parts=entries,
         reference_logprobs=value["reference_logprobs"],
+        text=value["text"],
         version=value["version"],
         annotations=value["annotations"],
     )
+
+
+def _inputs(value: Any, where: str, newer: bool) -> Inputs:
+    _members(value, {"teacher", "scoring", "sft", "rollouts_file", "rollouts"}, where, newer)
+    if not is_digest(value["rollouts_file"]):
+        raise ArtifactError(f"`{where}.rollouts_file` is not a digest")
+    rollouts = value["rollouts"]
+    return Inputs(
+        teacher=ModelIdentity.from_json(value["teacher"], where="inputs.teacher"),
+        scoring=_scoring(value["scoring"], f"{where}.scoring", newer),
+        sft=SftProvenance.from_json(value["sft"], where="inputs.sft"),
+        rollouts_file=value["rollouts_file"],
+        rollouts=None if rollouts is None else RolloutsRecord.from_json(rollouts, where="inputs.rollouts"),
+    )
+
+
+@contextmanager
+def _coded(code: str) -> Iterator[None]:
+    """Errors in here break the rule with this code, where they do not say another."""
+    try:
+        yield
+    except ArtifactError as error:
+        error.code = error.code or code
+        raise
 
 
 def _check_version(version: Any, where: str) -> int:
@@ -178,6 +215,23 @@ def _check_version(version: Any, where: str) -> int:
             hint="pip install --upgrade lopd",
         )
     return int(match[2])
+
+
+def _check_seal(value: dict[str, Any], data: bytes, where: str) -> None:
+    content = {name: member for name, member in value.items() if name != SEAL}
+    if value.get(SEAL) != digest_json(content):
+        raise ArtifactError(
+            f"`{where}` was changed after it was sealed",
+            code="A011",
+            expected=digest_json(content),
+            actual=repr(value.get(SEAL))[:100],
+        )
+    if strictjson.pretty(value) != data:
+        raise ArtifactError(
+            f"`{where}` is not in the form in which manifests are stored",
+            code="A012",
+            expected="sorted names, two spaces of indentation, a final newline",
+        )
 
 
 def _members(value: Any, names: set[str], where: str, open_ended: bool) -> None:
@@ -206,6 +260,7 @@ def _scoring(value: Any, where: str, open_ended: bool) -> Scoring:
     if value["logprobs"] != "raw" or value["temperature"] != 1.0:
         raise ArtifactError(
             f"`{where}` says that the log-probs were processed",
+            code="A019",
             expected="raw log-probs at temperature 1",
             actual=f"{value['logprobs']!r} at temperature {value['temperature']!r}"[:200],
         )

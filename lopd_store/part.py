@@ -1,68 +1,78 @@
-"""One part as files: two Zarr stores in stored zips, and a Parquet table for people.
+"""One part as files: token ids and top-k in Zarr groups, and a Parquet table for people.
 
-Bytes depend on the values alone: members in sorted order, no compression by the zip, fixed time stamps, every
-codec and fill value spelled out. Reading checks names, codecs and declared sizes before Zarr opens anything.
+`Part` is the decoded form that training reads; what is stored of it depends on the encoding alone.
 """
 
 from __future__ import annotations
 
 import io
-import math
-import warnings
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
-from zarr.buffer import cpu
-from zarr.codecs import BytesCodec, ZstdCodec
-from zarr.codecs.numcodecs import PCodec
-from zarr.storage import MemoryStore
 
-from lopd_store import strictjson
-from lopd_store.encoding import Encoding, ids_to_ranks, ranks_to_ids, round_to_grid, round_topk
+from lopd_store.container import Arrays, ArraySpec, Group, pack
+from lopd_store.encoding import Encoding, IdDecoder, ids_to_rows, round_logprobs, round_topk
 from lopd_store.errors import ArtifactError
-from lopd_store.topk import TopK
+from lopd_store.grid import Grid
+from lopd_store.lookup import lookup
+from lopd_store.manifest import Counts
+from lopd_store.topk import Floats, TopK
 
-# Zarr says at every open that PCodec is not in its specification; spec/artifact.md names it, so nobody is surprised.
-warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
+_ID = ArraySpec("uint32", 0xFFFF_FFFF)
+_CODE, _FLOAT = ArraySpec("uint16", 65_535), ArraySpec("float32", "NaN")
 
-CHUNK = 1 << 20  # values; the last chunk of an array may hold fewer
-MAX_VALUES = 1 << 32  # in one array; declared sizes are checked against it before anything is allocated
-MAX_ZIP_MEMBERS = 65_535
-IMPOSSIBLE_ID = 0xFFFF_FFFF
-_PCODEC_LEVEL = 8
-_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
-GROUP_METADATA = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-# name -> (dtype, fill value); but for flags, a fill value is never a legal value, so a lost chunk is always seen.
-TOKENS_ARRAYS: dict[str, tuple[str, Any]] = {
-    "rollout_offsets": ("int64", -1),
-    "prompt_lengths": ("int32", -1),
-    "token_ids": ("uint32", IMPOSSIBLE_ID),
-    "loss_mask": ("bool", False),
-    "sampled_logprobs": ("float32", "NaN"),
-    "reference_logprobs": ("float32", "NaN"),
-}
-TOPK_ARRAYS: dict[str, tuple[str, Any]] = {
-    "counts": ("uint16", 65_535),
-    "id_table": ("uint32", IMPOSSIBLE_ID),
-    "ids": ("uint32", IMPOSSIBLE_ID),
-    "logprobs": ("float32", "NaN"),
-    "tail_logprobs": ("float32", "NaN"),
-}
-OPTIONAL_ARRAYS = frozenset({"reference_logprobs"})
+def tokens_arrays(encoding: Encoding) -> dict[str, ArraySpec]:
+    """The arrays of NNNNN.tokens.zarr.zip."""
+    logprob = _FLOAT if encoding.sampled_grid is None else _CODE
+    return {
+        "rollout_offsets": ArraySpec("int64", -1),
+        "prompt_lengths": ArraySpec("int32", -1),
+        "token_ids": _ID,
+        "loss_mask": ArraySpec("bool", False),
+        "sampled_logprobs": logprob,
+        "reference_logprobs": replace(logprob, optional=True),
+    }
+
+
+def topk_arrays(encoding: Encoding) -> dict[str, ArraySpec]:
+    """The arrays of NNNNN.topk.zarr.zip."""
+    logprob = _FLOAT if encoding.topk_grid is None else _CODE
+    reference = ("reference_logprobs", "reference_tail_logprobs") if encoding.rule == "teacher+reference" else ()
+    return {
+        "counts": _CODE,
+        "id_table": _ID,
+        "ids": _ID,
+        "logprobs": logprob,
+        "tail_logprobs": logprob,
+        **dict.fromkeys(reference, logprob),
+    }
+
+
+def array_lengths(counts: Counts) -> dict[str, dict[str, int]]:
+    """How long the arrays of a part are, by file and name, as the counts of its manifest entry say."""
+    return {
+        "tokens": {
+            "rollout_offsets": counts.rollouts + 1,
+            "prompt_lengths": counts.rollouts,
+            "token_ids": counts.tokens,
+            **dict.fromkeys(("loss_mask", "sampled_logprobs", "reference_logprobs"), counts.positions),
+        },
+        "topk": {
+            **dict.fromkeys(("counts", "tail_logprobs", "reference_tail_logprobs"), counts.positions),
+            **dict.fromkeys(("ids", "logprobs", "reference_logprobs"), counts.entries),
+        },
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A run of whole rollouts as flat arrays; the decoded form that training reads.
+    """A run of whole rollouts as flat arrays.
 
     Rollout i owns tokens [rollout_offsets[i], rollout_offsets[i + 1]), of which the first prompt_lengths[i] are its
     prompt; its positions are the other ones, in order. `topk` is None in a copy without top-k files.
@@ -72,8 +82,8 @@ class Part:
     prompt_lengths: npt.NDArray[np.int32]  # [rollouts]
     token_ids: npt.NDArray[np.uint32]  # [tokens]
     loss_mask: npt.NDArray[np.bool_]  # [positions]
-    sampled_logprobs: npt.NDArray[np.float32]  # [positions]
-    reference_logprobs: npt.NDArray[np.float32] | None  # [positions]
+    sampled_logprobs: Floats  # [positions]
+    reference_logprobs: Floats | None  # [positions]
     topk: TopK | None
 
     @cached_property
@@ -88,56 +98,83 @@ class Part:
         """The token at each position; [positions]."""
         return self.token_ids[response_mask(self.rollout_offsets, self.prompt_lengths)]
 
+    def slice(self, start: int, stop: int) -> Part:
+        """Rollouts [start, stop), as views; `rollout_offsets` begin with 0 again."""
+        tokens = slice(int(self.rollout_offsets[start]), int(self.rollout_offsets[stop]))
+        positions = slice(int(self.position_offsets[start]), int(self.position_offsets[stop]))
+        reference = self.reference_logprobs
+        return Part(
+            rollout_offsets=self.rollout_offsets[start : stop + 1] - tokens.start,
+            prompt_lengths=self.prompt_lengths[start:stop],
+            token_ids=self.token_ids[tokens],
+            loss_mask=self.loss_mask[positions],
+            sampled_logprobs=self.sampled_logprobs[positions],
+            reference_logprobs=None if reference is None else reference[positions],
+            topk=None if self.topk is None else self.topk.slice(positions.start, positions.stop),
+        )
+
+    @property
+    def counts(self) -> Counts:
+        """What the manifest says of this part."""
+        return Counts(
+            rollouts=len(self.prompt_lengths),
+            tokens=len(self.token_ids),
+            positions=len(self.sampled_logprobs),
+            entries=0 if self.topk is None else len(self.topk.ids),
+        )
+
 
 def response_mask(
     rollout_offsets: npt.NDArray[np.int64], prompt_lengths: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.bool_]:
     """Which tokens are response tokens, that is, positions; [tokens]."""
-    lengths = np.diff(rollout_offsets)
-    within = np.arange(rollout_offsets[-1]) - np.repeat(rollout_offsets[:-1], lengths)
-    mask: npt.NDArray[np.bool_] = within >= np.repeat(prompt_lengths, lengths)
-    return mask
+    pieces = np.empty(2 * len(prompt_lengths), np.int64)  # prompt, response, prompt, response, …
+    pieces[0::2] = prompt_lengths
+    pieces[1::2] = np.diff(rollout_offsets) - prompt_lengths
+    return np.repeat(np.arange(len(pieces)) % 2 == 1, pieces)
 
 
 def round_part(part: Part, encoding: Encoding) -> Part:
     """The part as it will be stored: log-probs on the encoding's grids."""
     reference = part.reference_logprobs
-    return Part(
-        rollout_offsets=part.rollout_offsets,
-        prompt_lengths=part.prompt_lengths,
-        token_ids=part.token_ids,
-        loss_mask=part.loss_mask,
-        sampled_logprobs=round_to_grid(part.sampled_logprobs, encoding.sampled_step),
-        reference_logprobs=None if reference is None else round_to_grid(reference, encoding.sampled_step),
-        topk=None if part.topk is None else round_topk(part.topk, encoding.topk_step),
+    return replace(
+        part,
+        sampled_logprobs=round_logprobs(part.sampled_logprobs, encoding.sampled_grid),
+        reference_logprobs=None if reference is None else round_logprobs(reference, encoding.sampled_grid),
+        topk=None if part.topk is None else round_topk(part.topk, encoding.topk_grid),
     )
 
 
-def tokens_file(part: Part) -> bytes:
-    """The bytes of NNNNN.tokens.zarr.zip."""
-    arrays: dict[str, npt.NDArray[Any]] = {
+def tokens_file(part: Part, encoding: Encoding) -> bytes:
+    """The bytes of NNNNN.tokens.zarr.zip of a rounded part."""
+    arrays: Arrays = {
         "rollout_offsets": part.rollout_offsets,
         "prompt_lengths": part.prompt_lengths,
         "token_ids": part.token_ids,
         "loss_mask": part.loss_mask,
-        "sampled_logprobs": part.sampled_logprobs,
+        "sampled_logprobs": _stored(part.sampled_logprobs, encoding.sampled_grid),
     }
     if part.reference_logprobs is not None:
-        arrays["reference_logprobs"] = part.reference_logprobs
-    return _write(arrays, TOKENS_ARRAYS)
+        arrays["reference_logprobs"] = _stored(part.reference_logprobs, encoding.sampled_grid)
+    return pack(arrays, tokens_arrays(encoding))
 
 
-def topk_file(topk: TopK) -> bytes:
-    """The bytes of NNNNN.topk.zarr.zip."""
-    table, ranks = ids_to_ranks(topk.ids)
-    arrays: dict[str, npt.NDArray[Any]] = {
+def topk_file(part: Part, encoding: Encoding) -> bytes:
+    """The bytes of NNNNN.topk.zarr.zip of a rounded part."""
+    topk = part.topk
+    assert topk is not None
+    table, rows = ids_to_rows(topk.ids, topk.ids == np.repeat(part.response_ids, topk.counts))
+    arrays: Arrays = {
         "counts": topk.counts,
         "id_table": table,
-        "ids": ranks,
-        "logprobs": topk.logprobs,
-        "tail_logprobs": topk.tail_logprobs,
+        "ids": rows,
+        "logprobs": _stored(topk.logprobs, encoding.topk_grid),
+        "tail_logprobs": _stored(topk.tail_logprobs, encoding.topk_grid),
     }
-    return _write(arrays, TOPK_ARRAYS)
+    if topk.reference_logprobs is not None and topk.reference_tail_logprobs is not None:
+        arrays["reference_logprobs"] = _stored(topk.reference_logprobs, encoding.topk_grid)
+        arrays["reference_tail_logprobs"] = _stored(topk.reference_tail_logprobs, encoding.topk_grid)
+    return pack(arrays, topk_arrays(encoding))
 
 
 def rollouts_file(columns: dict[str, Any]) -> bytes:
@@ -147,141 +184,79 @@ def rollouts_file(columns: dict[str, Any]) -> bytes:
     return sink.getvalue()
 
 
-def read_part(tokens: Path, topk: Path | None) -> Part:
-    """Decode a part from its files; raises ArtifactError where they are not what the format allows."""
-    arrays = read_arrays(tokens, TOKENS_ARRAYS)
-    decoded = None
-    if topk is not None:
-        entries = read_arrays(topk, TOPK_ARRAYS)
-        decoded = TopK(
-            counts=entries["counts"],
-            ids=ranks_to_ids(entries["id_table"], entries["ids"]),
-            logprobs=entries["logprobs"],
-            tail_logprobs=entries["tail_logprobs"],
-        )
-    return Part(
-        rollout_offsets=arrays["rollout_offsets"],
-        prompt_lengths=arrays["prompt_lengths"],
-        token_ids=arrays["token_ids"],
-        loss_mask=arrays["loss_mask"],
-        sampled_logprobs=arrays["sampled_logprobs"],
-        reference_logprobs=arrays.get("reference_logprobs"),
-        topk=decoded,
+def read_part(tokens: bytes, topk: bytes | None, encoding: Encoding, counts: Counts, *, where: str) -> Part:
+    """Decode a part from the bytes of its files; raises ArtifactError where they are not what the format allows."""
+    lengths = array_lengths(counts)
+    group = Group(tokens, tokens_arrays(encoding), where=f"{where}.tokens.zarr.zip", lengths=lengths["tokens"])
+    part = Part(
+        rollout_offsets=group.read("rollout_offsets"),
+        prompt_lengths=group.read("prompt_lengths"),
+        token_ids=group.read("token_ids"),
+        loss_mask=group.read("loss_mask"),
+        sampled_logprobs=_logprobs(group, "sampled_logprobs", encoding.sampled_grid),
+        reference_logprobs=_logprobs(group, "reference_logprobs", encoding.sampled_grid)
+        if "reference_logprobs" in group.lengths
+        else None,
+        topk=None,
     )
+    check_borders(part.rollout_offsets, part.prompt_lengths, counts, where=group.where)
+    if topk is None:
+        return part
+    group = Group(topk, topk_arrays(encoding), where=f"{where}.topk.zarr.zip", lengths=lengths["topk"])
+    return replace(part, topk=_read_topk(group, encoding, part.response_ids))
 
 
-def read_arrays(path: Path, expected: dict[str, tuple[str, Any]]) -> dict[str, npt.NDArray[Any]]:
-    """All arrays of one zip by name, exactly those that the format lists."""
-    members = _read_members(path)
-    names = _check_members(path.name, members, expected)
-    store = MemoryStore({name: cpu.Buffer.from_bytes(data) for name, data in members.items()})
-    try:
-        group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
-        return {name: np.asarray(group[name][:]) for name in names}  # type: ignore[index]
-    except Exception as error:  # what a codec says of bytes that it did not write could be anything
-        raise ArtifactError(f"`{path.name}` does not decode: {type(error).__name__}: {error}") from error
-
-
-def _read_members(path: Path) -> dict[str, bytes]:
-    """The members of a stored zip by name; only I/O errors are not an ArtifactError."""
-    data = io.BytesIO(path.read_bytes())
-    try:
-        with zipfile.ZipFile(data) as archive:
-            infos = archive.infolist()
-            names = {info.filename for info in infos}
-            if len(infos) > MAX_ZIP_MEMBERS or len(infos) != len(names):
-                raise ArtifactError(f"`{path.name}` has too many members, or one of them twice")
-            if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-                raise ArtifactError(f"`{path.name}` has compressed members", expected="stored members only")
-            return {name: archive.read(name) for name in names}
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as error:  # RuntimeError: encrypted, or unknown
-        raise ArtifactError(f"`{path.name}` is not a whole zip: {error}") from error
-
-
-def _check_members(file: str, members: dict[str, bytes], expected: dict[str, tuple[str, Any]]) -> set[str]:
-    """The names of the arrays, after checking every member's name and every zarr.json against the format."""
-    metadata = {
-        name: strictjson.loads(data, where=f"{file}: {name}", max_bytes=1 << 16)
-        for name, data in members.items()
-        if name.endswith("zarr.json")
-    }
-    if metadata.get("zarr.json") != GROUP_METADATA:
-        raise ArtifactError(f"`{file}`: `zarr.json` is not what the format says", expected=GROUP_METADATA)
-    arrays = {name.removesuffix("/zarr.json") for name in metadata} - {"zarr.json"}
-    if set(expected) - OPTIONAL_ARRAYS - arrays or arrays - set(expected):
+def _read_topk(group: Group, encoding: Encoding, response_ids: npt.NDArray[np.uint32]) -> TopK:
+    counts = group.read("counts")
+    entries = int(counts.sum(dtype=np.int64))
+    if entries != group.lengths["ids"]:
         raise ArtifactError(
-            f"`{file}` has other arrays than the format",
-            expected=", ".join(expected),
-            actual=", ".join(sorted(arrays)),
+            f"`{group.where}`: `counts` do not add up to the entries",
+            code="A043",
+            expected=group.lengths["ids"],
+            actual=entries,
         )
-    wanted = set(metadata)
-    for name in arrays:
-        length = _check_array(file, name, metadata[f"{name}/zarr.json"], *expected[name])
-        wanted.update(f"{name}/c/{chunk}" for chunk in range(math.ceil(length / CHUNK)))
-    if unlike := wanted ^ set(members):
-        raise ArtifactError(f"`{file}` lacks a chunk or has a member too many", actual=f"`{min(unlike)}`")
-    return arrays
+    ids = np.empty(entries, np.uint32)
+    decoder = IdDecoder(group.read("id_table"), counts, response_ids)
+    for piece, rows in group.chunks("ids"):
+        decoder.decode(piece.start, rows, ids[piece])
+    floats = {name: _logprobs(group, name, encoding.topk_grid) for name in group.lengths if name.endswith("logprobs")}
+    return TopK(counts=counts, ids=ids, **floats)
 
 
-def _check_array(file: str, name: str, metadata: Any, dtype: str, fill: Any) -> int:
-    """The declared length, where the metadata is to the letter what this format writes for that length."""
-    shape = metadata.get("shape") if isinstance(metadata, dict) else None
-    length = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
-    if type(length) is not int or not 0 <= length <= MAX_VALUES:
-        raise ArtifactError(f"`{file}`: the shape of `{name}` is not allowed", actual=repr(shape)[:100])
-    wanted = array_metadata(length, dtype, fill)
-    if metadata != wanted:
-        member = next(member for member in {*wanted, *metadata} if metadata.get(member) != wanted.get(member))
+def _logprobs(group: Group, name: str, grid: Grid | None) -> Floats:
+    if grid is None:
+        return group.read(name)
+    values = np.empty(group.lengths[name], np.float32)
+    for piece, codes in group.chunks(name):
+        lookup(grid.levels, codes, out=values[piece])
+    return values
+
+
+def check_borders(
+    rollout_offsets: npt.NDArray[np.int64], prompt_lengths: npt.NDArray[np.int32], counts: Counts, *, where: str
+) -> None:
+    """Raise ArtifactError unless offsets and lengths cut the tokens into rollouts, and these into halves."""
+    lengths = np.diff(rollout_offsets)
+    if rollout_offsets[0] != 0 or rollout_offsets[-1] != counts.tokens or (lengths < 0).any():
         raise ArtifactError(
-            f"`{file}`: `{member}` of the array `{name}` is not what the format says",
-            expected=wanted.get(member),
-            actual=repr(metadata.get(member))[:200],
+            f"`{where}`: `rollout_offsets` do not run from 0 to the number of tokens",
+            code="A041",
+            expected=counts.tokens,
+            actual=int(rollout_offsets[-1]),
         )
-    return length
-
-
-def array_metadata(length: int, dtype: str, fill: Any) -> dict[str, Any]:
-    """The zarr.json of one array; it spells out everything that Zarr would otherwise choose by default."""
-    pcodec = {"name": "numcodecs.pcodec", "configuration": {"level": _PCODEC_LEVEL}}
-    zstd = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": [length],
-        "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [min(CHUNK, max(length, 1))]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": fill,
-        "codecs": [{"name": "bytes"}, zstd] if dtype == "bool" else [pcodec],
-        "attributes": {},
-        "storage_transformers": [],
-    }
-
-
-def _write(arrays: dict[str, npt.NDArray[Any]], expected: dict[str, tuple[str, Any]]) -> bytes:
-    """A Zarr v3 group in a zip with stored members; the bytes are a function of the values."""
-    stored: dict[str, Any] = {}
-    group = zarr.create_group(MemoryStore(stored), zarr_format=3)
-    members = {"zarr.json": strictjson.canonical(GROUP_METADATA)}
-    for name, values in arrays.items():
-        dtype, fill = expected[name]
-        metadata = array_metadata(len(values), dtype, fill)
-        array = group.create_array(
-            name,
-            shape=values.shape,
-            chunks=tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"]),
-            dtype=dtype,
-            serializer=BytesCodec(endian=None) if dtype == "bool" else PCodec(level=_PCODEC_LEVEL),
-            compressors=[ZstdCodec(level=3, checksum=False)] if dtype == "bool" else None,
-            filters=None,
-            fill_value=float("nan") if fill == "NaN" else fill,
-            config={"write_empty_chunks": True},
+    prompts = prompt_lengths.astype(np.int64)
+    if (wrong := np.flatnonzero((prompts < 1) | (prompts > lengths))).size:
+        row = int(wrong[0])
+        raise ArtifactError(
+            f"`{where}`: rollout {row}: the prompt does not fit",
+            code="A042",
+            expected=f"1 to {lengths[row]}",
+            actual=int(prompts[row]),
         )
-        array[:] = values
-        members[f"{name}/zarr.json"] = strictjson.canonical(metadata)
-    members |= {key: value.to_bytes() for key, value in stored.items() if not key.endswith("zarr.json")}
-    sink = io.BytesIO()
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(members):
-            archive.writestr(zipfile.ZipInfo(name, _ZIP_TIME), members[name])
-    return sink.getvalue()
+    if int((lengths - prompts).sum()) != counts.positions:
+        raise ArtifactError(f"`{where}`: positions are not the response tokens", code="A042", expected=counts.positions)
+
+
+def _stored(logprobs: Floats, grid: Grid | None) -> npt.NDArray[Any]:
+    return logprobs if grid is None else grid.to_codes(logprobs)

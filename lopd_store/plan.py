@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd_store import layout
+from lopd_store.container import MAX_VALUES
 from lopd_store.encoding import Encoding
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
@@ -33,6 +34,7 @@ class Plan:
     inputs: Inputs
     encoding: Encoding
     reference_logprobs: bool
+    text: bool
     device: str
     threads: int
     batch_tokens: int
@@ -46,6 +48,7 @@ class Plan:
             "sft": self.inputs.sft.to_json(),
             "encoding": self.encoding.to_json(),
             "scoring": self.inputs.scoring.to_json(),
+            "text": self.text,
             "device": self.device,
             "threads": self.threads,
             "batch_tokens": self.batch_tokens,
@@ -60,6 +63,7 @@ def make_plan(
     sft: Path | None,
     encoding: Encoding,
     scoring: Scoring,
+    text: bool = True,
     device: str | None = None,
     threads: int = 1,
     batch_tokens: int = 4096,
@@ -86,22 +90,34 @@ def make_plan(
         ),
         encoding=encoding,
         reference_logprobs=file.has_logprobs(),
+        text=text,
         device=pick_device(device),
         threads=threads,
         batch_tokens=batch_tokens,
-        parts=part_borders(file.response_lengths.tolist(), part_positions),
+        parts=part_borders(file.response_lengths.tolist(), part_positions, most_entries=encoding.most_entries),
     )
 
 
-def part_borders(response_lengths: Sequence[int], part_positions: int | None = None) -> tuple[tuple[int, int], ...]:
-    """Rows [start, stop) of each part: whole rollouts, each part closed once it has `part_positions` positions."""
+def part_borders(
+    response_lengths: Sequence[int], part_positions: int | None = None, *, most_entries: int = 1
+) -> tuple[tuple[int, int], ...]:
+    """Rows [start, stop) of each part: whole rollouts, each part closed once it has `part_positions` positions.
+
+    A part has at most `MAX_VALUES` entries, so one with a great `k_max` has fewer positions.
+    """
+    room = MAX_VALUES // most_entries
+    if (too_long := next((row for row, length in enumerate(response_lengths) if 2 * length > room), None)) is not None:
+        raise DataError(
+            f"rollout {too_long} has too many positions for this `k_max`",
+            expected=f"at most {room // 2}",
+            actual=response_lengths[too_long],
+        )
+    limit = min(MAX_PART_POSITIONS, room // 2)
     if part_positions is None:
         wanted = sum(response_lengths) // _PARTS_WANTED
-        part_positions = min(max(wanted, MIN_PART_POSITIONS), MAX_PART_POSITIONS)
-    elif not 1 <= part_positions <= MAX_PART_POSITIONS:
-        raise InputError(
-            "`part_positions` is out of range", expected=f"1 to {MAX_PART_POSITIONS}", actual=part_positions
-        )
+        part_positions = min(max(wanted, MIN_PART_POSITIONS), limit)
+    elif not 1 <= part_positions <= limit:
+        raise InputError("`part_positions` is out of range", expected=f"1 to {limit}", actual=part_positions)
     borders, start, positions = [], 0, 0
     for row, length in enumerate(response_lengths):
         positions += length

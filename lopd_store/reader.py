@@ -1,24 +1,26 @@
 """Reading artifacts: the manifest at once, parts when they are needed.
 
     artifact = lopd_store.open("artifact")
-    for part in artifact.parts():       # decoded one ahead in the background
+    for part in artifact.parts():       # decoded ahead in the background
         part.sampled_logprobs
     artifact.rollout(3)
 
-Opening checks the manifest only; `verify` checks every byte.
+Opening reads the manifest only; a part is compared with its xxh3 when it is read, and `verify` checks everything else.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from lopd_store import gate, layout, manifest
 from lopd_store.digest import digest_bytes
@@ -26,6 +28,7 @@ from lopd_store.errors import ArtifactError, InputError
 from lopd_store.identity import ModelIdentity
 from lopd_store.part import Part, read_part
 from lopd_store.topk import TopK
+from lopd_store.view import read_view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,70 +44,98 @@ class StoredRollout:
 
 
 class Artifact:
-    """An opened artifact: its manifest and fingerprint in memory, its parts on disk."""
+    """An opened artifact, or a copy of a part of one: manifest and fingerprint in memory, parts on disk."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         self.path = path
         self.manifest = manifest.parse(data, where=str(path / layout.MANIFEST))
         self.fingerprint = digest_bytes(data)
+        self.view = read_view(path, self.manifest, self.fingerprint)
 
     def __len__(self) -> int:
+        """Rollouts of the artifact, also of those that a partial copy lacks."""
         return self.manifest.counts.rollouts
 
     def part(self, number: int) -> Part:
-        """Decode one part."""
-        tokens, topk = (self.path / layout.part_file(number, kind) for kind in (layout.TOKENS, layout.TOPK))
-        if not tokens.is_file():
-            raise ArtifactError(
-                f"`{layout.part_file(number, layout.TOKENS)}` is missing", hint=f"lopd-store verify {self.path}"
+        """Decode one part; raises ArtifactError where its bytes are not those of the manifest."""
+        if number not in self.view.parts:
+            raise InputError(
+                f"there is no part {number} in `{self.path}`",
+                expected=f"{self.view.parts.start} to {self.view.parts.stop - 1}",
             )
-        return read_part(tokens, topk if topk.is_file() else None)
+        topk = self._read(number, layout.TOPK) if self.view.has_topk else None
+        return read_part(
+            self._read(number, layout.TOKENS),
+            topk,
+            self.manifest.encoding,
+            self.manifest.parts[number].counts,
+            where=layout.part_name(number),
+        )
 
-    def parts(self) -> Iterator[Part]:
-        """All parts in order; the next one is decoded while the caller works on this one."""
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            count = len(self.manifest.parts)
-            following = pool.submit(self.part, 0)
-            for number in range(count):
-                part = following.result()
-                if number + 1 < count:
-                    following = pool.submit(self.part, number + 1)
-                yield part
+    def parts(self, *, ahead: int = 1) -> Iterator[Part]:
+        """All parts in order; the next `ahead` are decoded while the caller works on this one."""
+        waiting: deque[Future[Part]] = deque()
+        with ThreadPoolExecutor(max_workers=max(ahead, 1)) as pool:
+            for number in self.view.parts:
+                waiting.append(pool.submit(self.part, number))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def batches(self, positions: int) -> Iterator[Part]:
+        """All rollouts in order, in batches of whole rollouts with at most so many positions (one rollout at least).
+
+        A batch is flat arrays with offsets, views of its part without copy or padding; none spans two parts.
+        `torch.from_numpy` takes them as they are.
+        """
+        for part in self.parts():
+            start = 0
+            while start < len(part.prompt_lengths):
+                room = part.position_offsets[start] + positions
+                stop = max(int(np.searchsorted(part.position_offsets, room, side="right")) - 1, start + 1)
+                yield part.slice(start, stop)
+                start = stop
 
     def rollout(self, index: int) -> StoredRollout:
-        """Rollout `index`, counted over the whole artifact; decodes the part that holds it."""
+        """Rollout `index`, counted over the whole artifact; decodes the part that holds it, and keeps that one."""
         if not 0 <= index < len(self):
             raise InputError(f"there is no rollout {index}", expected=f"0 to {len(self) - 1}")
         number = bisect.bisect_right(self._first_rollouts, index) - 1
-        return rollout_of_part(self._kept_part(number), index - self._first_rollouts[number])
+        if self._kept is None or self._kept[0] != number:
+            self._kept = (number, self.part(number))
+        return rollout_of_part(self._kept[1], index - self._first_rollouts[number])
+
+    _kept: tuple[int, Part] | None = None
 
     @cached_property
     def _first_rollouts(self) -> list[int]:
         counts = [entry.counts.rollouts for entry in self.manifest.parts]
-        return [sum(counts[:number]) for number in range(len(counts))]
+        return [0, *np.cumsum(counts[:-1]).tolist()]
 
-    def _kept_part(self, number: int) -> Part:
-        if self._kept is None or self._kept[0] != number:
-            self._kept = (number, self.part(number))
-        return self._kept[1]
-
-    _kept: tuple[int, Part] | None = None
+    def _read(self, number: int, kind: str) -> bytes:
+        name, entry = layout.part_file(number, kind), self.manifest.parts[number].files[kind]
+        path = self.path / name
+        if path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"`{name}` is missing or not a plain file", hint=f"lopd-store verify {self.path}")
+        with path.open("rb") as file:
+            data = file.read(entry.size + 1)
+        if len(data) != entry.size or xxhash.xxh3_128_hexdigest(data) != entry.xxh3_128:
+            raise ArtifactError(f"`{name}` was damaged", hint=f"lopd-store verify {self.path}")
+        return data
 
 
 def rollout_of_part(part: Part, index: int) -> StoredRollout:
     """Rollout `index` of one part, as views of its arrays."""
-    start, stop = (int(offset) for offset in part.rollout_offsets[index : index + 2])
-    middle = start + int(part.prompt_lengths[index])
-    first = int(part.position_offsets[index])
-    positions = slice(first, first + stop - middle)
-    reference = part.reference_logprobs
+    one = part.slice(index, index + 1)
+    middle = int(one.prompt_lengths[0])
     return StoredRollout(
-        prompt_ids=part.token_ids[start:middle],
-        response_ids=part.token_ids[middle:stop],
-        loss_mask=part.loss_mask[positions],
-        sampled_logprobs=part.sampled_logprobs[positions],
-        reference_logprobs=None if reference is None else reference[positions],
-        topk=None if part.topk is None else part.topk.slice(positions.start, positions.stop),
+        prompt_ids=one.token_ids[:middle],
+        response_ids=one.token_ids[middle:],
+        loss_mask=one.loss_mask,
+        sampled_logprobs=one.sampled_logprobs,
+        reference_logprobs=one.reference_logprobs,
+        topk=one.topk,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,9 @@ def score_part(
         _check_scores(scores, rollouts[index], f"rollout {start + index}")
         sampled[index] = np.minimum(scores.sampled_logprobs, 0)
         kept[index] = topk.select(
-            scores.ids,
-            np.minimum(scores.logprobs, 0),
-            scores.tail_logprobs,
+            replace(scores.candidates, logprobs=np.minimum(scores.candidates.logprobs, 0)),
             k_min=encoding.k_min,
+            k_max=encoding.k_max,
             coverage=encoding.coverage,
         )
         entropies[index] = scores.entropies.mean() if len(scores.entropies) else 0
@@ -57,9 +56,12 @@ def score_part(
         reference_logprobs=_reference_logprobs(rollouts) if plan.reference_logprobs else None,
         topk=topk.concatenate(kept),
     )
-    columns = {
+    text = {
         "prompt": [rollout.prompt for rollout in rollouts],
         "response": [rollout.response for rollout in rollouts],
+    }
+    columns = {
+        **(text if plan.text else {}),
         "finish_reason": [rollout.finish_reason for rollout in rollouts],
         "prompt_length": part.prompt_lengths,
         "response_length": np.array([len(rollout.response_ids) for rollout in rollouts], np.int32),
@@ -69,26 +71,20 @@ def score_part(
     return round_part(part, encoding), columns
 
 
-def write_part(building: Path, number: int, part: Part, columns: dict[str, Any]) -> None:
-    """Write the files of a part, read them back, and note it as done; the note comes last."""
-    assert part.topk is not None
+def write_part(plan: Plan, building: Path, number: int, part: Part, columns: dict[str, Any]) -> None:
+    """Write the files of a part, after decoding them again, and note it as done; the note comes last."""
     contents = {
         layout.ROLLOUTS: rollouts_file(columns),
-        layout.TOKENS: tokens_file(part),
-        layout.TOPK: topk_file(part.topk),
+        layout.TOKENS: tokens_file(part, plan.encoding),
+        layout.TOPK: topk_file(part, plan.encoding),
     }
-    paths = {kind: building / layout.part_file(number, kind) for kind in contents}
+    where = layout.part_name(number)
+    read = read_part(contents[layout.TOKENS], contents[layout.TOPK], plan.encoding, part.counts, where=where)
+    _check_written(part, read)
     for kind, data in contents.items():
-        write_durably(paths[kind], data)
-    _check_written(part, read_part(paths[layout.TOKENS], paths[layout.TOPK]))
-    counts = Counts(
-        rollouts=len(part.prompt_lengths),
-        tokens=len(part.token_ids),
-        positions=len(part.sampled_logprobs),
-        entries=len(part.topk.ids),
-    )
+        write_durably(building / layout.part_file(number, kind), data)
     files = {kind: asdict(digest_contents(data)) for kind, data in contents.items()}
-    note = strictjson.pretty({"counts": counts.to_json(), "files": files})
+    note = strictjson.pretty({"counts": part.counts.to_json(), "files": files})
     write_durably(_note(building, number), note)
 
 
@@ -129,16 +125,13 @@ def _check_rollout(rollout: Rollout, where: str, vocab_size: int, context_length
 
 
 def _check_scores(scores: RolloutScores, rollout: Rollout, where: str) -> None:
-    rows = {len(scores.sampled_logprobs), len(scores.ids), len(scores.logprobs), len(scores.tail_logprobs)}
+    candidates = {name: column for name, column in vars(scores.candidates).items() if column is not None}
+    rows = {len(scores.sampled_logprobs), *map(len, candidates.values())}
     if rows != {len(rollout.response_ids)}:
         raise DataError(
             f"{where}: the teacher gave another number of rows", expected=len(rollout.response_ids), actual=rows
         )
-    if (
-        np.isnan(scores.sampled_logprobs).any()
-        or np.isnan(scores.logprobs).any()
-        or np.isnan(scores.tail_logprobs).any()
-    ):
+    if any(np.isnan(column).any() for column in (scores.sampled_logprobs, *candidates.values())):
         raise DataError(f"{where}: the teacher gave log-probs that are not numbers", hint="try `--dtype float32`")
 
 
@@ -149,11 +142,7 @@ def _reference_logprobs(rollouts: list[Rollout]) -> Any:
 
 def _check_written(part: Part, read: Part) -> None:
     """The writer's own check: what was written decodes to what was meant."""
-    assert part.topk is not None and read.topk is not None
-    for name in ("rollout_offsets", "prompt_lengths", "token_ids", "loss_mask", "sampled_logprobs"):
-        assert np.array_equal(getattr(part, name), getattr(read, name)), name
-    for name in ("counts", "ids", "logprobs", "tail_logprobs"):
-        assert np.array_equal(getattr(part.topk, name), getattr(read.topk, name)), name
-    if part.reference_logprobs is not None:
-        assert read.reference_logprobs is not None
-        assert np.array_equal(part.reference_logprobs, read.reference_logprobs)
+    for wanted, found in ((vars(part), vars(read)), (vars(part.topk), vars(read.topk))):
+        for name, values in wanted.items():
+            if isinstance(values, np.ndarray):
+                assert np.array_equal(values, found[name]), name

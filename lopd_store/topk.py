@@ -8,13 +8,18 @@ distribution, so that the k + 1 terms of a position sum to one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lopd_store.errors import InputError
+
 Floats = npt.NDArray[np.float32]
+_DTYPES = {"counts": np.uint16, "ids": np.uint32, "logprobs": np.float32, "tail_logprobs": np.float32}
+_SORTED_AT_ONCE = 1 << 12  # positions whose entries fit the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,8 @@ class TopK:
     ids: npt.NDArray[np.uint32]  # [entries]
     logprobs: Floats  # [entries]
     tail_logprobs: Floats  # [positions]
+    reference_logprobs: Floats | None = None  # [entries]
+    reference_tail_logprobs: Floats | None = None  # [positions]
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -33,71 +40,169 @@ class TopK:
         np.cumsum(self.counts, out=offsets[1:])
         return offsets
 
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """The position of each entry; [entries]."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
     def slice(self, start: int, stop: int) -> TopK:
-        """Positions [start, stop)."""
-        offsets = self.offsets
-        entries = slice(int(offsets[start]), int(offsets[stop]))
+        """Positions [start, stop), as views."""
+        return self._take(slice(start, stop), slice(int(self.offsets[start]), int(self.offsets[stop])))
+
+    def mask(self, kept: npt.NDArray[np.bool_]) -> TopK:
+        """The positions where `kept` is true."""
+        return self if kept.all() else self._take(kept, np.repeat(kept, self.counts))
+
+    def truncate(self, k: int) -> TopK:
+        """The first k entries of each position; the mass of the others is lost in the tail.
+
+        Of entries that rounding made equal at the border, the ones with the lowest ids stay.
+        """
+        counts = np.minimum(self.counts, np.uint16(k))
+        within = np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.counts)
+        kept = within < k
+
+        def tail(logprobs: Floats, tails: Floats) -> Floats:
+            mass = np.bincount(self.positions[~kept], np.exp(logprobs[~kept], dtype=np.float64), len(counts))
+            with np.errstate(divide="ignore"):
+                return np.minimum(np.logaddexp(np.log(mass), tails.astype(np.float64)), 0).astype(np.float32)
+
+        tails = tail(self.logprobs, self.tail_logprobs)
+        cut = replace(self._take(slice(None), kept), counts=counts, tail_logprobs=tails)
+        if self.reference_logprobs is None or self.reference_tail_logprobs is None:
+            return cut
+        return replace(cut, reference_tail_logprobs=tail(self.reference_logprobs, self.reference_tail_logprobs))
+
+    def tempered(self, temperature: float) -> TopK:
+        """The stored entries at another temperature, renormalised over themselves.
+
+        What is lost is the tail: its mass at 1 is known, but at another temperature it depends on how it is spread,
+        which is not stored; so the result has a tail of -inf, and exp(`tail_logprobs`) of this one says how much of
+        each position is left out.
+        """
+        if not temperature > 0:
+            raise InputError("`temperature` is out of range", expected="above 0", actual=temperature)
+        scale = np.float32(1 / temperature)
+        nothing = np.full(len(self.counts), -np.inf, np.float32)
+        reference = self.reference_logprobs
+        return replace(
+            self,
+            logprobs=self._normalised(self.logprobs * scale),
+            tail_logprobs=nothing,
+            reference_logprobs=None if reference is None else self._normalised(reference * scale),
+            reference_tail_logprobs=None if reference is None else nothing,
+        )
+
+    def _normalised(self, logits: Floats) -> Floats:
+        total = np.bincount(self.positions, np.exp(logits, dtype=np.float64), len(self.counts))
+        with np.errstate(divide="ignore"):
+            return np.asarray(logits - np.repeat(np.log(total), self.counts), np.float32)
+
+    def _take(self, positions: Any, entries: Any) -> TopK:
+        reference, reference_tail = self.reference_logprobs, self.reference_tail_logprobs
         return TopK(
-            counts=self.counts[start:stop],
+            counts=self.counts[positions],
             ids=self.ids[entries],
             logprobs=self.logprobs[entries],
-            tail_logprobs=self.tail_logprobs[start:stop],
+            tail_logprobs=self.tail_logprobs[positions],
+            reference_logprobs=None if reference is None else reference[entries],
+            reference_tail_logprobs=None if reference_tail is None else reference_tail[positions],
         )
 
 
 def concatenate(pieces: Sequence[TopK]) -> TopK:
-    """The positions of several pieces, one after the other."""
-    return TopK(
-        counts=np.concatenate([np.zeros(0, np.uint16), *(piece.counts for piece in pieces)]),
-        ids=np.concatenate([np.zeros(0, np.uint32), *(piece.ids for piece in pieces)]),
-        logprobs=np.concatenate([np.zeros(0, np.float32), *(piece.logprobs for piece in pieces)]),
-        tail_logprobs=np.concatenate([np.zeros(0, np.float32), *(piece.tail_logprobs for piece in pieces)]),
-    )
+    """The positions of several pieces, one after the other; all of one selection."""
+    columns: dict[str, Any] = {}
+    for column in fields(TopK):
+        arrays = [getattr(piece, column.name) for piece in pieces]
+        if column.name in _DTYPES:
+            columns[column.name] = np.concatenate([np.zeros(0, _DTYPES[column.name]), *arrays])
+        elif arrays and all(array is not None for array in arrays):
+            columns[column.name] = np.concatenate(arrays)
+    return TopK(**columns)
 
 
-def select(
-    ids: npt.NDArray[np.uint32],  # [positions, k], any order
-    logprobs: Floats,  # [positions, k]
-    tail_logprobs: Floats,  # [positions], mass outside the k columns
-    *,
-    k_min: int,
-    coverage: float,
-) -> TopK:
-    """Adaptive k: the smallest k whose mass reaches `coverage`, at least `k_min`; coverage 1 keeps every column.
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """What an engine gives for each position: likely ids in any order, and the mass outside of them.
 
-    What is cut goes to the tail, added in float64 and as logs, so that no mass is too small to count. Entries of
-    probability 0 are never kept.
+    With a reference policy the ids are those likely under either model, each once; where a row has fewer, its other
+    columns have log-probs of -inf.
     """
+
+    ids: npt.NDArray[np.uint32]  # [positions, columns]
+    logprobs: Floats  # [positions, columns]
+    tail_logprobs: Floats  # [positions]
+    reference_logprobs: Floats | None = None  # [positions, columns]
+    reference_tail_logprobs: Floats | None = None  # [positions]
+
+
+def select(candidates: Candidates, *, k_min: int, k_max: int, coverage: float) -> TopK:
+    """Adaptive k: the smallest k whose mass reaches `coverage`, at least `k_min`, at most `k_max`.
+
+    Coverage 1 keeps `k_max`. With a reference policy both models choose, and the union is kept. What is cut goes to the
+    tail, added in float64 and as logs, so that no mass is too small to count. Entries of probability 0 are never kept.
+    """
+    ids, logprobs, reference = candidates.ids, candidates.logprobs, candidates.reference_logprobs
     order = np.lexsort((ids, -logprobs), axis=-1)
-    ids = np.take_along_axis(ids, order, axis=-1)
-    logprobs = np.take_along_axis(logprobs, order, axis=-1)
-    k = ids.shape[1]
-    mass = np.exp(logprobs.astype(np.float64))
-    finite = np.isfinite(logprobs).sum(axis=1)
-    if coverage >= 1:
-        counts = finite
-    else:
-        short_of = (np.cumsum(mass, axis=1) < coverage).sum(axis=1) + 1
-        counts = np.minimum(np.clip(short_of, min(k_min, k), k), finite)
-    columns = np.arange(k)
-    kept = columns < counts[:, None]
-    cut = np.logaddexp.reduce(np.where(kept, -np.inf, logprobs.astype(np.float64)), axis=1)
-    tail = np.minimum(np.logaddexp(cut, tail_logprobs.astype(np.float64)), 0.0)
+    ids, logprobs = np.take_along_axis(ids, order, axis=-1), np.take_along_axis(logprobs, order, axis=-1)
+    kept = _chosen(logprobs, k_min, k_max, coverage)
+    if reference is not None:
+        reference = np.take_along_axis(reference, order, axis=-1)
+        back = np.lexsort((ids, -reference), axis=-1)
+        chosen = _chosen(np.take_along_axis(reference, back, axis=-1), k_min, k_max, coverage)
+        also = np.zeros_like(kept)
+        np.put_along_axis(also, back, chosen, axis=-1)
+        kept |= also
+    kept &= np.isfinite(logprobs)
+    reference_tail = candidates.reference_tail_logprobs
     return TopK(
-        counts=counts.astype(np.uint16),
+        counts=kept.sum(axis=1).astype(np.uint16),
         ids=ids[kept].astype(np.uint32),
         logprobs=logprobs[kept].astype(np.float32),
-        tail_logprobs=tail.astype(np.float32),
+        tail_logprobs=_with_cut(candidates.tail_logprobs, logprobs, kept),
+        reference_logprobs=None if reference is None else reference[kept].astype(np.float32),
+        reference_tail_logprobs=None
+        if reference is None or reference_tail is None
+        else _with_cut(reference_tail, reference, kept),
     )
+
+
+def _chosen(logprobs: Floats, k_min: int, k_max: int, coverage: float) -> npt.NDArray[np.bool_]:
+    """Which columns, descending, one model keeps; [positions, columns]."""
+    columns = logprobs.shape[1]
+    if coverage >= 1:
+        counts = np.full(len(logprobs), k_max)
+    else:
+        mass = np.cumsum(np.exp(logprobs.astype(np.float64)), axis=1)
+        counts = np.clip((mass < coverage).sum(axis=1) + 1, k_min, k_max)
+    chosen: npt.NDArray[np.bool_] = np.arange(columns) < counts[:, None]
+    return chosen & np.isfinite(logprobs)
+
+
+def _with_cut(tail_logprobs: Floats, logprobs: Floats, kept: npt.NDArray[np.bool_]) -> Floats:
+    """The tail with the columns that are not kept."""
+    cut = np.logaddexp.reduce(np.where(kept, -np.inf, logprobs.astype(np.float64)), axis=1)
+    return np.minimum(np.logaddexp(cut, tail_logprobs.astype(np.float64)), 0.0).astype(np.float32)
 
 
 def sort_entries(topk: TopK) -> TopK:
-    """The same entries, each position's in order: log-prob descending, then id ascending."""
-    position = np.repeat(np.arange(len(topk.counts)), topk.counts)
-    order = np.lexsort((topk.ids, -topk.logprobs, position))
-    return TopK(
-        counts=topk.counts,
-        ids=topk.ids[order],
-        logprobs=topk.logprobs[order],
-        tail_logprobs=topk.tail_logprobs,
-    )
+    """The same entries, each position's in order: log-prob descending, then id ascending.
+
+    Made for entries whose log-probs descend already, so that only runs of equal ones are out of order.
+    """
+    ids, logprobs, reference = topk.ids.copy(), topk.logprobs, topk.reference_logprobs
+    reference = None if reference is None else reference.copy()
+    for start in range(0, len(topk.counts), _SORTED_AT_ONCE):
+        borders = topk.offsets[start : start + _SORTED_AT_ONCE + 1]
+        entries = slice(int(borders[0]), int(borders[-1]))
+        runs = np.ones(entries.stop - entries.start, np.uint64)
+        runs[1:] = logprobs[entries][1:] != logprobs[entries][:-1]
+        runs[(borders - borders[0])[:-1][np.diff(borders) > 0]] = 1
+        keys = (np.cumsum(runs, out=runs) << np.uint64(32)) | ids[entries]
+        if reference is None:
+            ids[entries] = np.sort(keys)  # the lower half of a key is its id
+        else:
+            order = np.argsort(keys)
+            ids[entries], reference[entries] = ids[entries][order], reference[entries][order]
+    return replace(topk, ids=ids, reference_logprobs=reference)

@@ -82,7 +82,7 @@ def _score_here(plan: Plan, building: Path, missing: list[int], report: Callable
     with _torch_threads(plan.threads):
         teacher = _load_teacher(plan)
         for number in missing:
-            write_part(building, number, *score_part(plan, teacher, number, on_positions))
+            write_part(plan, building, number, *score_part(plan, teacher, number, on_positions))
 
 
 def _score_in_processes(
@@ -140,7 +140,7 @@ def _work(number: int) -> None:
     if "teacher" not in _worker:  # here and not at the start, where an error would be lost
         _worker["teacher"] = _load_teacher(_worker["plan"])
     part, columns = score_part(_worker["plan"], _worker["teacher"], number, on_positions)
-    write_part(_worker["building"], number, part, columns)
+    write_part(_worker["plan"], _worker["building"], number, part, columns)
 
 
 def _load_teacher(plan: Plan) -> Teacher:

@@ -181,7 +181,7 @@ def collate(records: Sequence[Record], device: str) -> Batch:
         return torch.from_numpy(np.concatenate(pieces)).to(device=device, dtype=dtype)
 
     sampled = [record.sampled_logprobs[record.loss_mask] for record in records if record.sampled_logprobs is not None]
-    kept = [_masked(record.topk, record.loss_mask) for record in records if record.topk is not None]
+    kept = [record.topk.mask(record.loss_mask) for record in records if record.topk is not None]
     return Batch(
         rows=tuple(record.row for record in records),
         input_ids=torch.from_numpy(input_ids).to(device),
@@ -199,23 +199,10 @@ def _counting(records: Iterable[Record], where: str) -> list[Record]:
     return counting
 
 
-def _masked(stored: TopK, mask: npt.NDArray[np.bool_]) -> TopK:
-    """The positions where the mask is true."""
-    if mask.all():
-        return stored
-    entries = np.repeat(mask, stored.counts)
-    return TopK(
-        counts=stored.counts[mask],
-        ids=stored.ids[entries],
-        logprobs=stored.logprobs[entries],
-        tail_logprobs=stored.tail_logprobs[mask],
-    )
-
-
 def _batch_topk(stored: TopK, device: str) -> BatchTopK:
     return BatchTopK(
         offsets=stored.offsets,
-        positions=torch.from_numpy(np.repeat(np.arange(len(stored.counts)), stored.counts)).to(device),
+        positions=torch.from_numpy(stored.positions).to(device),
         ids=torch.from_numpy(stored.ids.astype(np.int64)).to(device),
         logprobs=torch.from_numpy(stored.logprobs).to(device),
         tail_logprobs=torch.from_numpy(stored.tail_logprobs).to(device),

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import lopd_store
 from lopd_store import layout
 from lopd_store import manifest as manifests
+from lopd_store.container import Group, pack
 from lopd_store.digest import digest_contents
 from lopd_store.identity import ModelIdentity
 from lopd_store.manifest import Counts
-from lopd_store.part import TOPK_ARRAYS, Part, read_arrays, read_part, rollouts_file, tokens_file, topk_file
-from lopd_store.part import _write as write_arrays
+from lopd_store.part import Part, rollouts_file, tokens_arrays, tokens_file, topk_arrays, topk_file
 from lopd_store.provenance import RolloutsRecord
 from lopd_store.rollouts import Rollout, write_rollouts
 from lopd_store.topk import TopK
@@ -102,7 +103,7 @@ def make_topk(rows: Sequence[Sequence[tuple[int, float]]], tails: Sequence[float
 
 def read_first_part(directory: Path) -> Part:
     """Part 0 of an artifact."""
-    return read_part(*(directory / layout.part_file(0, kind) for kind in (layout.TOKENS, layout.TOPK)))
+    return lopd_store.open(directory).part(0)
 
 
 def change(array: npt.NDArray[Any], index: Any, value: Any) -> npt.NDArray[Any]:
@@ -114,18 +115,21 @@ def change(array: npt.NDArray[Any], index: Any, value: Any) -> npt.NDArray[Any]:
 
 def replace_part(directory: Path, **arrays: Any) -> None:
     """Give part 0 other arrays (fields of Part or of its TopK) and seal the artifact again with honest digests."""
-    part = read_first_part(directory)
+    part, encoding = read_first_part(directory), lopd_store.open(directory).manifest.encoding
     assert part.topk is not None
-    in_topk = {name: value for name, value in arrays.items() if hasattr(part.topk, name)}
+    in_topk = {name: value for name, value in arrays.items() if name in vars(part.topk)}
     topk = replace(part.topk, **in_topk)
     part = replace(part, topk=topk, **{name: value for name, value in arrays.items() if name not in in_topk})
-    replace_files(directory, {layout.TOKENS: tokens_file(part), layout.TOPK: topk_file(topk)}, counts_of(part, topk))
+    contents = {layout.TOKENS: tokens_file(part, encoding), layout.TOPK: topk_file(part, encoding)}
+    replace_files(directory, contents, part.counts)
 
 
-def replace_topk_arrays(directory: Path, **arrays: npt.NDArray[Any]) -> None:
-    """Give part 0 other arrays of its top-k file as they are stored, ranks and table, and seal again."""
-    stored = read_arrays(directory / layout.part_file(0, layout.TOPK), TOPK_ARRAYS)
-    replace_files(directory, {layout.TOPK: write_arrays(stored | arrays, TOPK_ARRAYS)})
+def replace_arrays(directory: Path, kind: str, **arrays: npt.NDArray[Any]) -> None:
+    """Give part 0 other arrays of one of its files as they are stored, codes and rows, and seal again."""
+    encoding = lopd_store.open(directory).manifest.encoding
+    specs = tokens_arrays(encoding) if kind == layout.TOKENS else topk_arrays(encoding)
+    group = Group((directory / layout.part_file(0, kind)).read_bytes(), specs, where=kind)
+    replace_files(directory, {kind: pack({name: group.read(name) for name in group.lengths} | arrays, specs)})
 
 
 def replace_table(directory: Path, columns: dict[str, Any]) -> None:
@@ -146,21 +150,11 @@ def replace_files(directory: Path, contents: dict[str, bytes], counts: Counts | 
     (directory / layout.MANIFEST).write_bytes(data)
 
 
-def counts_of(part: Part, topk: TopK) -> Counts:
-    """What a manifest says of a part."""
-    return Counts(
-        rollouts=len(part.prompt_lengths),
-        tokens=len(part.token_ids),
-        positions=len(part.sampled_logprobs),
-        entries=len(topk.ids),
-    )
-
-
 def edit_manifest(data: bytes, *path: str | int, value: Any) -> bytes:
-    """The manifest with another value at a path into its JSON."""
+    """The manifest with another value at a path into its JSON, sealed again."""
     document = json.loads(data)
     at = document
     for step in path[:-1]:
         at = at[step]
     at[path[-1]] = value
-    return json.dumps(document).encode()
+    return manifests.sealed(document)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lopd_store.errors import InputError
 from lopd_store.manifest import Scoring
 from lopd_store.rollouts import Rollout
+from lopd_store.topk import Candidates
 
 ENGINES = ("transformers",)
 
@@ -24,9 +25,7 @@ class RolloutScores:
     """The teacher on one rollout: row j speaks of response token j given everything before it."""
 
     sampled_logprobs: npt.NDArray[np.float32]  # [positions]
-    ids: npt.NDArray[np.uint32]  # [positions, k]
-    logprobs: npt.NDArray[np.float32]  # [positions, k]
-    tail_logprobs: npt.NDArray[np.float32]  # [positions], mass outside the k columns
+    candidates: Candidates  # k columns; with a reference policy the k of each
     entropies: npt.NDArray[np.float32]  # [positions], in nats, of the full distribution
 
 

@@ -16,6 +16,7 @@ from lopd_store import models
 from lopd_store.manifest import Scoring
 from lopd_store.rollouts import Rollout
 from lopd_store.teachers import RolloutScores
+from lopd_store.topk import Candidates
 
 _HEAD_CHUNK_VALUES = 1 << 25  # logits alive at a time: 128 MiB of float32
 _TINY = -80.0  # nat; the exponential of a smaller log-prob has few bits or none in float32
@@ -57,7 +58,9 @@ class TransformersTeacher:
         scores, start = [], 0
         for rollout in rollouts:
             rows = slice(start, start + len(rollout.response_ids))
-            scores.append(RolloutScores(**{name: column[rows] for name, column in columns.items()}))
+            some = {name: column[rows] for name, column in columns.items()}
+            sampled, entropies = some.pop("sampled_logprobs"), some.pop("entropies")
+            scores.append(RolloutScores(sampled_logprobs=sampled, candidates=Candidates(**some), entropies=entropies))
             start = rows.stop
         return scores
 
@@ -93,7 +96,7 @@ def score_logits(
     k: int,
     vocab_size: int,
 ) -> dict[str, np.ndarray]:
-    """The arrays of RolloutScores for some positions, by name.
+    """The arrays of RolloutScores and of its candidates for some positions, by name.
 
     The tail is summed over the entries that are not kept instead of taken from 1, so it is exact where it is small.
     """

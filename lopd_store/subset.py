@@ -1,0 +1,71 @@
+"""Subsets: a copy that holds a part of an artifact, says so, and can be verified and trained on by itself.
+
+subset("artifact", output="sampled", only="sampled")        # token files alone
+subset("artifact", output="first", parts=range(0, 4))
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from lopd_store import layout, reader, strictjson
+from lopd_store.durable import sync_directory, write_durably
+from lopd_store.errors import InputError
+from lopd_store.verifier import OnBytes, verify
+from lopd_store.view import View
+
+Only = Literal["sampled"]
+_SUFFIX = ".copying"
+
+
+def subset(
+    path: str | Path,
+    *,
+    output: str | Path,
+    only: Only | None = None,
+    parts: range | None = None,
+    on_bytes: OnBytes | None = None,
+) -> reader.Artifact:
+    """Copy some files of an artifact and verify the copy before it appears at `output`; returns it opened.
+
+    `only="sampled"` leaves out top-k and tables, `parts` all other parts. Manifest and fingerprint stay the artifact's.
+    Files are linked where the file system can, which takes no room.
+    """
+    artifact, output = reader.open(path), Path(output)
+    if output.exists():
+        raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
+    view = artifact.view
+    if parts is not None and not view.parts.start <= parts.start < parts.stop <= view.parts.stop:
+        raise InputError(
+            "`parts` is out of range",
+            expected=f"{view.parts.start}:{view.parts.stop} or less",
+            actual=f"{parts.start}:{parts.stop}",
+        )
+    chosen = View(kinds=(layout.TOKENS,) if only else view.kinds, parts=parts or view.parts)
+    copying = output.with_name(output.name + _SUFFIX)
+    shutil.rmtree(copying, ignore_errors=True)
+    (copying / layout.PARTS).mkdir(parents=True)
+    try:
+        for name in chosen.files():
+            _copy(artifact.path / name, copying / name)
+        for name in (layout.MANIFEST, layout.BUILD_RECORD, layout.CARD):
+            if (artifact.path / name).is_file():
+                shutil.copyfile(artifact.path / name, copying / name)
+        if not chosen.is_whole(artifact.manifest):
+            write_durably(copying / layout.VIEW, strictjson.pretty(chosen.to_json(artifact.fingerprint)))
+        verify(copying, on_bytes=on_bytes).require_ok()
+        copying.rename(output)
+    finally:
+        shutil.rmtree(copying, ignore_errors=True)
+    sync_directory(output.parent)
+    return reader.open(output)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
