@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint format types vectors clean
+.PHONY: demo test lint format types vectors bench-format clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -22,6 +22,13 @@ format: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+vectors: .venv/installed
+	$(BIN)/python spec/make_vectors.py
+
+# `make bench-format DISTILLKIT=path/to/DistillKit` measures DistillKit's own codec in the same run.
+bench-format: .venv/installed
+	$(BIN)/python benchmarks/format.py $(if $(DISTILLKIT),--distillkit $(DISTILLKIT))
 
 # torch first and pinned: an unpinned one may bring gigabytes for an accelerator that is not there.
 # The two packages of the demo carry a model and prompts; what they depend on is not needed.

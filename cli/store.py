@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import lopd_store
-from lopd_store import gate
+from lopd_store import gate, layout
 from lopd_store.errors import ConsistencyError, InputError
 from lopd_store.reader import Artifact
 
@@ -32,6 +32,12 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Only(StrEnum):
+    """Views that can be asked for by name."""
+
+    sampled = "sampled"
+
+
 class Engine(StrEnum):
     """What runs the teacher."""
 
@@ -45,9 +51,8 @@ def _choices(kind: type[StrEnum]) -> str:
 SAMPLING, STORED, RUNNING = "Sampling", "What is stored", "How it runs"  # headings in the help
 
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
-ModelOption = Annotated[
-    str, typer.Option(metavar="MODEL", help="A directory of safetensors, a GGUF file, or a Hub id.")
-]
+_MODEL_HELP = "A directory of safetensors, a GGUF file, a PEFT adapter, or a Hub id."
+ModelOption = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL_HELP)]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's directory.")]
 RepositoryArgument = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A dataset repository on the Hub.")]
 DtypeOption = Annotated[Dtype, typer.Option(metavar="DTYPE", help=_choices(Dtype), rich_help_panel=RUNNING)]
@@ -125,6 +130,12 @@ def build(
         Path | None,
         typer.Option(metavar="PATH", help="SFT data, checkpoint or record, where the rollouts carry none."),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The policy that sampled the rollouts: keep its top-k too.", rich_help_panel=STORED
+        ),
+    ] = None,
     k_max: Annotated[
         int, typer.Option(metavar="K", help="At most this many ids per position.", rich_help_panel=STORED)
     ] = 64,
@@ -135,6 +146,9 @@ def build(
     ] = 0.99,
     exact: Annotated[
         bool, typer.Option("--exact", help="Keep float32 log-probs, unrounded.", rich_help_panel=STORED)
+    ] = False,
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="Keep token ids only, no text.", rich_help_panel=STORED)
     ] = False,
     engine: Annotated[
         Engine, typer.Option(metavar="ENGINE", help=_choices(Engine), rich_help_panel=RUNNING)
@@ -165,6 +179,8 @@ def build(
             rollouts=rollouts,
             output=output,
             sft=sft,
+            reference=reference,
+            text=not no_text,
             exact=exact,
             k_min=k_min,
             k_max=k_max,
@@ -186,16 +202,31 @@ def verify(
     artifact: ArtifactArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Sizes and xxh3 only.")] = False,
     student: Annotated[str | None, typer.Option(metavar="MODEL", help="Also ask the gate about this student.")] = None,
+    rescore: Annotated[int, typer.Option(metavar="N", min=0, help="Also score this many random rollouts again.")] = 0,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The teacher, for --rescore.")] = None,
     json: Json = False,
 ) -> None:
     """Check every byte, every structure and every value of an artifact."""
-    identity = None if student is None else lopd_store.identify(student)
-    with console.progress("verify", "bytes") as meter:
-        report = lopd_store.verify(artifact, quick=quick, student=identity, on_bytes=meter.update)
+    identity = None
+    if student is not None:
+        with console.progress("identity", "bytes") as meter:
+            identity = lopd_store.identify(student, on_bytes=meter.update)
+    with console.progress("verify", "bytes") as meter, console.progress("score again", "rollouts") as again:
+        report = lopd_store.verify(
+            artifact,
+            quick=quick,
+            student=identity,
+            rescore=rescore,
+            teacher=teacher,
+            on_bytes=meter.update,
+            on_rollouts=again.update,
+        )
     if json:
         console.answer(report.to_json())
     elif report.ok:
-        depth = "sizes and xxh3 only, " if quick else ""
+        depth = ("sizes and xxh3 only, " if quick else "") + ("a partial copy, " if report.partial else "")
+        if report.rescored is not None:
+            depth += f"{len(report.rescored.rollouts)} rollouts scored again, "
         console.say(f"ok: {artifact}, {report.files} files, {report.bytes:,} bytes, {depth}{report.fingerprint}")
     else:
         for finding in report.findings:
@@ -230,6 +261,71 @@ def inspect(
         ],
         header=("position", "token", "teacher", "loss", "top-5 of the teacher"),
     )
+
+
+@app.command()
+def audit(
+    model: ModelOption,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Rollouts or SFT data, NAME.parquet.")],
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="By default as recorded in the file.", rich_help_panel=SAMPLING)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="By default as recorded in the file.", rich_help_panel=SAMPLING)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first rollouts.")] = None,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = None,
+    json: Json = False,
+) -> None:
+    """Test whether responses were sampled from a model; exit code 1 if not, 3 if there is too little text to tell."""
+    with console.progress("audit", "positions") as meter:
+        found = lopd_store.audit(
+            model=model,
+            data=data,
+            temperature=temperature,
+            top_p=top_p,
+            limit=limit,
+            dtype=dtype.value,
+            device=device,
+            on_progress=meter.update,
+        )
+    if json:
+        console.answer(found.to_json())
+    else:
+        overall, (low, high) = found.overall, found.overall.interval
+        console.table(
+            [
+                ("verdict", f"{found.verdict} with samples of {found.model.name}"),
+                ("z", f"{overall.z:.2f}  (p {overall.p_value:.2g})"),
+                ("effect", f"{overall.effect:+.4f} nat per token  (95 %: {low:+.4f} to {high:+.4f})"),
+                ("positions", f"{overall.positions:,}, of which {overall.outside:,} could not have been drawn"),
+                ("sampling", f"temperature {found.temperature:g}, top-p {found.top_p:g}"),
+            ]
+        )
+    raise typer.Exit({"consistent": 0, "inconsistent": 1, "too little": 3}[found.verdict])
+
+
+@app.command()
+def subset(
+    artifact: ArtifactArgument,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The copy to make.")],
+    only: Annotated[
+        Only | None, typer.Option(metavar="VIEW", help="`sampled`: token files alone, enough for that objective.")
+    ] = None,
+    parts: Annotated[str | None, typer.Option(metavar="A:B", help="Parts A to B - 1, counted from 0.")] = None,
+    json: Json = False,
+) -> None:
+    """Copy a part of an artifact, which says that it is partial and can be verified by itself."""
+    with console.progress("verify", "bytes") as meter:
+        copy = lopd_store.subset(
+            artifact,
+            output=output,
+            only=None if only is None else "sampled",
+            parts=None if parts is None else _range(parts),
+            on_bytes=meter.update,
+        )
+    _answer(copy, json)
 
 
 @app.command()
@@ -268,17 +364,35 @@ def pull(
 
 @app.command()
 def identity(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory of safetensors, a GGUF file, or a Hub id.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
+    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="Say where this one differs.")] = None,
     json: Json = False,
 ) -> None:
-    """Print the digests that say which model this is."""
-    facts = lopd_store.identify(model).to_json()
+    """Show the identity of a model; of two, whether they are the same (exit code 0) and where they differ (1)."""
+    with console.progress("identity", "bytes") as meter:
+        if other is None:
+            facts = lopd_store.identify(model, on_bytes=meter.update).to_json()
+        else:
+            comparison = lopd_store.compare(model, other, on_bytes=meter.update)
+            facts = comparison.to_json()
     if json:
         console.answer(facts)
-    else:
+    elif other is None:
         console.table([(name, "none" if value is None else value) for name, value in facts.items()])
+    elif comparison.same:
+        console.say(f"{model} and {other} are the same model")
+    else:
+        console.say(f"{model} and {other} differ in {', '.join(comparison.differences)}")
+        console.table([(name, words) for name, all_words in comparison.differences.items() for words in all_words])
+    if other is not None and not comparison.same:
+        raise typer.Exit(1)
+
+
+def _range(text: str) -> range:
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise InputError(f"`--parts {text}` is not a range of parts", expected="A:B, for example 0:4")
+    return range(int(start), int(stop))
 
 
 def _answer(artifact: Artifact, json: bool) -> None:
@@ -305,6 +419,8 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
         "version": manifest.version,
         "counts": counts.to_json(),
         "parts": len(manifest.parts),
+        "view": {"kinds": list(artifact.view.kinds), "parts": [artifact.view.parts.start, artifact.view.parts.stop]},
+        "text": manifest.text,
         "bytes": size,
         "bytes_per_position": round(size / max(counts.positions, 1), 2),
         "mean_k": round(counts.entries / max(counts.positions, 1), 2),
@@ -328,7 +444,7 @@ def _say_facts(facts: dict[str, Any]) -> None:
             ("format", f"lopd {facts['version']}, {facts['encoding']['profile']}"),
             ("rollouts", f"{counts['rollouts']:,}"),
             ("positions", f"{counts['positions']:,} of {counts['tokens']:,} tokens"),
-            ("parts", f"{facts['parts']:,}"),
+            ("parts", _parts(facts)),
             ("top-k", f"mean k {facts['mean_k']}; at most {selection['k_max']}, coverage {selection['coverage']:g}"),
             ("size", f"{facts['bytes']:,} bytes, {facts['bytes_per_position']} per position"),
             ("teacher", _model(facts["teacher"])),
@@ -337,6 +453,13 @@ def _say_facts(facts: dict[str, Any]) -> None:
             ("consistency", facts["consistency"]),
         ]
     )
+
+
+def _parts(facts: dict[str, Any]) -> str:
+    kinds, (first, stop) = facts["view"]["kinds"], facts["view"]["parts"]
+    if (first, stop) == (0, facts["parts"]) and len(kinds) == len(layout.FILE_KINDS):
+        return f"{facts['parts']:,}"
+    return f"partial copy: parts {first} to {stop - 1} of {facts['parts']:,}, {' and '.join(kinds)} files"
 
 
 def _model(identity: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lopd_store.audit import audit
 from lopd_store.errors import ArtifactError, ConsistencyError, DataError, InputError, LopdError, UnavailableError
 from lopd_store.reader import Artifact, open
 from lopd_store.subset import subset
@@ -19,6 +20,7 @@ from lopd_store.verifier import Report, verify
 
 if TYPE_CHECKING:
     from lopd_store.builder import build
+    from lopd_store.differences import compare
     from lopd_store.hub import pull, push
     from lopd_store.identity import identify
     from lopd_store.sampler import generate
@@ -33,7 +35,9 @@ __all__ = [
     "LopdError",
     "Report",
     "UnavailableError",
+    "audit",
     "build",
+    "compare",
     "generate",
     "identify",
     "open",
@@ -42,7 +46,14 @@ __all__ = [
     "subset",
     "verify",
 ]
-_LAZY = {"build": "builder", "generate": "sampler", "identify": "identity", "pull": "hub", "push": "hub"}
+_LAZY = {
+    "build": "builder",
+    "compare": "differences",
+    "generate": "sampler",
+    "identify": "identity",
+    "pull": "hub",
+    "push": "hub",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from lopd_store import layout, reader, strictjson
 from lopd_store.card import render_card
 from lopd_store.digest import digest_bytes, digest_json
 from lopd_store.durable import sync_directory, write_durably
-from lopd_store.encoding import make_encoding
+from lopd_store.encoding import Rule, make_encoding
 from lopd_store.errors import InputError, LopdError
 from lopd_store.manifest import Counts, Manifest, Scoring, render
 from lopd_store.plan import Plan, make_plan
@@ -37,6 +37,7 @@ def build(
     rollouts: str | Path,
     output: str | Path,
     sft: str | Path | None = None,
+    reference: str | Path | None = None,
     exact: bool = False,
     k_min: int = 1,
     k_max: int = 64,
@@ -53,21 +54,24 @@ def build(
 ) -> reader.Artifact:
     """Score rollouts with the teacher and seal the result as an artifact, which is returned opened.
 
-    `sft` names the SFT data, checkpoint or record where the rollouts do not carry it. Without `text` the artifact has
-    token ids and log-probs only. `workers` is the number of
-    processes, None for one per processor (a script that asks for several needs `if __name__ == "__main__":`);
-    `threads` is the number of CPU threads of each, which unlike `workers` can change the last bits of a log-prob.
+    `sft` names the SFT data, checkpoint or record where the rollouts do not carry it. `reference` is the policy
+    that sampled the rollouts: given it, its own most likely ids are stored too, with the log-probs of both models.
+    Without `text` the artifact has token ids and log-probs only. `workers` is the number of processes, None for one
+    per processor (a script that asks for several needs `if __name__ == "__main__":`); `threads` is the number of
+    CPU threads of each, which unlike `workers` can change the last bits of a log-prob.
     """
     output = Path(output)
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
-    encoding = make_encoding(exact=exact, k_min=k_min, k_max=k_max, coverage=coverage)
+    rule: Rule = "teacher" if reference is None else "teacher+reference"
+    encoding = make_encoding(exact=exact, rule=rule, k_min=k_min, k_max=k_max, coverage=coverage)
     plan = make_plan(
         teacher=str(teacher),
         rollouts=Path(rollouts),
         sft=None if sft is None else Path(sft),
         encoding=encoding,
         scoring=Scoring(engine=engine, dtype=dtype),
+        reference=None if reference is None else str(reference),
         text=text,
         device=device,
         threads=threads,

@@ -1,4 +1,4 @@
-"""What the values of a part must obey: each check states its rule, in the order of spec/artifact.md, section 8.
+"""What the values of a part must obey: each check states its rule, in the order of spec/artifact.md, section 10.
 
 The values come as they are stored, so that the checks share nothing with the reader but the container. Positions are
 looked at some thousand at a time, which keeps everything in the cache.
@@ -22,6 +22,7 @@ from lopd_store.manifest import Counts
 
 _SLACK = 1e-4  # float32 sums over k + 1 terms
 _AT_ONCE = 1 << 12  # positions
+_SMALL_ID_BITS = 20  # with which the number of such a position fits 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,8 @@ def check_topk(
         broken.append(finding("A060", where, "`counts` are out of range", bounds, f"{ks.min()} to {ks.max()}"))
     yield from broken
     if not broken:
-        yield from _check_positions(tokens, topk, encoding, where)
+        possible = replace(encoding, k_max=min(encoding.k_max, vocab_size))  # a padded head has mass, but no more ids
+        yield from _check_positions(tokens, topk, possible, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ class _Positions:
     """Some positions in a row, each with at least one entry, for the checks that follow."""
 
     first: int
+    entries: slice  # of the part
     counts: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]  # of each position's entries, from 0
     logprobs: npt.NDArray[Any]  # as stored; [entries]
@@ -164,6 +167,7 @@ def _walk(tokens: Arrays, topk: Arrays, encoding: Encoding, values: _Values) -> 
         stored, tail = tokens["sampled_logprobs"][some], topk["tail_logprobs"][some]
         yield _Positions(
             first=first,
+            entries=entries,
             counts=counts,
             starts=ends[some] - counts - begin,
             logprobs=topk["logprobs"][entries],
@@ -186,7 +190,7 @@ def _rules(
 
     def of(entries: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         failed = np.zeros(size, np.bool_)
-        failed[some.position[entries]] = True
+        failed[some.position[np.flatnonzero(entries)]] = True
         return failed
 
     nats_fall = values.descend(some.logprobs)
@@ -195,9 +199,13 @@ def _rules(
     wrong[some.starts] = False
     yield "A061", of(wrong), "entries are not in order", "log-prob descending, then id ascending"
 
-    keys = np.sort((some.position.astype(np.uint64) << np.uint64(32)) | some.ids)
+    small = int(some.ids.max(initial=0)) < 1 << _SMALL_ID_BITS
+    keys: npt.NDArray[Any] = some.position.astype(np.uint32 if small else np.uint64)
+    keys <<= _SMALL_ID_BITS if small else 32
+    keys |= some.ids
+    keys.sort()
     twice = np.zeros(size, np.bool_)
-    twice[(keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)).astype(np.int64)] = True
+    twice[(keys[1:][keys[1:] == keys[:-1]] >> (_SMALL_ID_BITS if small else 32)).astype(np.int64)] = True
     yield "A062", twice, "an id stands twice", None
 
     is_response = some.rows == RESPONSE_TOKEN
@@ -234,9 +242,7 @@ def _rules(
         short = (some.counts < encoding.k_max) & np.isfinite(some.tail)
         yield "A066", short, "there are fewer entries than `k_max`", encoding.k_max
     if "reference_logprobs" in topk:
-        entries = slice(int(topk["counts"][: some.first].sum(dtype=np.int64)), None)
-        reference = topk["reference_logprobs"][entries][: len(some.ids)]
-        low, high = values.masses(reference, some.starts)
+        low, high = values.masses(topk["reference_logprobs"][some.entries], some.starts)
         tail = topk["reference_tail_logprobs"][some.first : some.first + size]
         tail, half = values.logprobs(tail), values.halves(tail)
         unequal = (low + np.exp(tail - half) > 1 + _SLACK) | (high + np.exp(tail + half) < 1 - _SLACK)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lopd_store import strictjson
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.grid import Grid
 from lopd_store.lookup import lookup, pieces
@@ -26,6 +27,11 @@ K_LIMIT = 32_767  # a union has at most twice as many entries, and 65,535 is the
 # Tried on a real teacher (benchmarks/format.py): a mean KL of the rounding of about 4e-5 nat.
 TOPK_GRID = Grid(segments=((0.0, 1 / 32), (1.0, 1 / 16), (4.0, 1 / 8), (8.0, 1 / 4)))
 SAMPLED_GRID = Grid(segments=((0.0, 1 / 256), (32.0, 1 / 16)))  # the advantage is a difference of two of these
+_ENCODING = {
+    "selection": ("rule", "k_min", "k_max", "coverage"),
+    "grids": ("topk_logprobs", "sampled_logprobs"),
+    "bounds": ("topk_logprobs", "sampled_logprobs"),
+}
 RESPONSE_TOKEN = 0  # the stored id of the entry that is the response token; row i of the table is stored as i + 1
 
 
@@ -65,10 +71,17 @@ class Encoding:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any], *, where: str) -> Encoding:
+    def from_json(cls, value: Any, *, where: str, open_ended: bool = False) -> Encoding:
         """Parse what `to_json` gave; raises ArtifactError where it says something else."""
+
+        def members(value: Any, *names: str, within: str = where) -> dict[str, Any]:
+            return strictjson.members(value, names, where=within, open_ended=open_ended)
+
+        value = members(value, "profile", "selection", "grids", "bounds")
+        for name, names in _ENCODING.items():
+            value[name] = members(value[name], *names, within=f"{where}.{name}")
+        selection, grids = value["selection"], value["grids"]
         try:
-            selection, grids = value["selection"], value["grids"]
             encoding = make_encoding(
                 exact=value["profile"] == "exact",
                 rule=selection["rule"],
@@ -78,9 +91,9 @@ class Encoding:
                 topk_grid=_parse_grid(grids["topk_logprobs"]),
                 sampled_grid=_parse_grid(grids["sampled_logprobs"]),
             )
-        except (KeyError, TypeError, InputError) as error:
+        except InputError as error:
             raise ArtifactError(f"`{where}` is not an encoding: {error}") from error
-        if encoding.to_json() != value:
+        if strictjson.canonical(encoding.to_json()) != strictjson.canonical(value):
             raise ArtifactError(f"`{where}` is not an encoding of this version", actual=repr(value)[:300])
         return encoding
 
@@ -161,7 +174,7 @@ class IdDecoder:
     """Stored rows back to ids, piece by piece in order."""
 
     def __init__(self, table: Ids, counts: npt.NDArray[np.uint16], response_ids: Ids) -> None:
-        self._ids = np.concatenate([np.zeros(1, np.uint32), table])  # row 0 is filled with the response token
+        self._ids = np.concatenate([np.zeros(1, np.uint32), table])  # to row 0 the response token is added
         self._response_ids = response_ids
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._first = 0  # position of the next piece's first entry
@@ -173,10 +186,13 @@ class IdDecoder:
                 "a row is not in `id_table`", code="A044", expected=f"below {len(self._ids)}", actual=int(rows.max())
             )
         lookup(self._ids, rows, out=out)
-        last = self._first + int(np.searchsorted(self._ends[self._first :], start + len(rows)))
-        places = np.flatnonzero(rows == RESPONSE_TOKEN)
-        positions = np.searchsorted(self._ends[self._first : last + 1], places + start, side="right") + self._first
-        out[places] = self._response_ids[positions]
+        stop = start + len(rows)
+        last = self._first + int(np.searchsorted(self._ends[self._first :], stop))
+        here = slice(self._first, last + 1)  # the positions of these entries, the first and last perhaps in part
+        counts = np.diff(np.minimum(self._ends[here], stop), prepend=start)
+        responses = np.repeat(self._response_ids[here], counts)
+        responses *= rows == RESPONSE_TOKEN
+        out += responses
         self._first = last
 
 

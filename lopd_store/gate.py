@@ -91,7 +91,8 @@ def _teacher(inputs: Inputs) -> Finding | None:
         return Finding(
             subject="teacher",
             state="inconsistent",
-            reason="the SFT data was written by another teacher than the one that scored the rollouts",
+            reason="the SFT data was written by another teacher than the one that scored the rollouts"
+            + _explained(inputs.sft.teacher, inputs.teacher),
             expected=inputs.sft.teacher,
             actual=inputs.teacher,
             differences=differences,
@@ -114,7 +115,7 @@ def _student(inputs: Inputs, student: ModelIdentity) -> Finding | None:
         return Finding(
             subject="student",
             state="inconsistent",
-            reason="the student is not the reference policy that sampled the rollouts",
+            reason="the student is not the reference policy that sampled the rollouts" + _explained(reference, student),
             expected=reference,
             actual=student,
             differences=differences,
@@ -134,6 +135,17 @@ def _tokenizer(inputs: Inputs, student: ModelIdentity) -> Finding | None:
         actual=student,
         differences=differences,
     )
+
+
+def _explained(expected: ModelIdentity, actual: ModelIdentity) -> str:
+    """What is known of a difference, to follow the reason."""
+    if expected.is_rounding_of(actual):
+        return " (the same values in another precision)"
+    if expected.quantization != actual.quantization:
+        return f" (quantised: {expected.quantization or 'no'} and {actual.quantization or 'no'})"
+    if expected.adapter != actual.adapter:
+        return " (with another adapter)"
+    return ""
 
 
 def describe(identity: ModelIdentity | None, differences: tuple[str, ...]) -> str:

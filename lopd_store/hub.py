@@ -62,6 +62,8 @@ def push(
     if get_token() is None:
         raise InputError("no Hub token", hint="log in with `hf auth login`, or set HF_TOKEN")
     artifact = open(directory)
+    if not artifact.view.is_whole(artifact.manifest):
+        raise InputError(f"`{directory}` is a partial copy", hint="push the whole artifact; who pulls may take a part")
     verify(directory, on_bytes=on_bytes).require_ok()
     tag = tag_of(artifact.fingerprint)
     api = HfApi()

@@ -24,6 +24,7 @@ FILE_KINDS = (ROLLOUTS, TOKENS, TOPK)
 _SUFFIXES = {ROLLOUTS: "rollouts.parquet", TOKENS: "tokens.zarr.zip", TOPK: "topk.zarr.zip"}
 
 MAX_PARTS = 100_000
+MAX_FILE_BYTES = (1 << 32) - 1  # of one file of a part: as much as a zip without extensions can hold
 
 
 def part_name(part: int) -> str:

@@ -32,6 +32,7 @@ _COUNT_LIMIT = 1 << 53
 _MEMBERS = {
     *("format", "version", SEAL, "counts", "encoding", "reference_logprobs", "text", "inputs", "parts", "annotations"),
 }
+_FILE_MEMBERS = ("path", "size", "sha256", "xxh3_128")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
 
 
@@ -144,7 +145,7 @@ def parse(data: bytes, *, where: str = layout.MANIFEST) -> Manifest:
 
 
 def _parse(value: dict[str, Any], where: str, newer: bool) -> Manifest:
-    _members(value, _MEMBERS, where, newer)
+    value = strictjson.members(value, _MEMBERS, where=where, open_ended=newer)
     for name, kind in (("reference_logprobs", bool), ("text", bool), ("annotations", dict)):
         if type(value[name]) is not kind:
             raise ArtifactError(f"`{where}: {name}` is not {'an object' if kind is dict else 'true or false'}")
@@ -164,7 +165,7 @@ def _parse(value: dict[str, Any], where: str, newer: bool) -> Manifest:
                     actual=getattr(counts, item.name),
                 )
     with _coded("A017"):
-        encoding = Encoding.from_json(value["encoding"], where=f"{where}: encoding")
+        encoding = Encoding.from_json(value["encoding"], where=f"{where}: encoding", open_ended=newer)
     with _coded("A018"):
         inputs = _inputs(value["inputs"], f"{where}: inputs", newer)
     return Manifest(
@@ -180,16 +181,20 @@ def _parse(value: dict[str, Any], where: str, newer: bool) -> Manifest:
 
 
 def _inputs(value: Any, where: str, newer: bool) -> Inputs:
-    _members(value, {"teacher", "scoring", "sft", "rollouts_file", "rollouts"}, where, newer)
+    value = strictjson.members(
+        value, {"teacher", "scoring", "sft", "rollouts_file", "rollouts"}, where=where, open_ended=newer
+    )
     if not is_digest(value["rollouts_file"]):
         raise ArtifactError(f"`{where}.rollouts_file` is not a digest")
     rollouts = value["rollouts"]
     return Inputs(
-        teacher=ModelIdentity.from_json(value["teacher"], where="inputs.teacher"),
+        teacher=ModelIdentity.from_json(value["teacher"], where="inputs.teacher", open_ended=newer),
         scoring=_scoring(value["scoring"], f"{where}.scoring", newer),
-        sft=SftProvenance.from_json(value["sft"], where="inputs.sft"),
+        sft=SftProvenance.from_json(value["sft"], where="inputs.sft", open_ended=newer),
         rollouts_file=value["rollouts_file"],
-        rollouts=None if rollouts is None else RolloutsRecord.from_json(rollouts, where="inputs.rollouts"),
+        rollouts=None
+        if rollouts is None
+        else RolloutsRecord.from_json(rollouts, where="inputs.rollouts", open_ended=newer),
     )
 
 
@@ -234,21 +239,9 @@ def _check_seal(value: dict[str, Any], data: bytes, where: str) -> None:
         )
 
 
-def _members(value: Any, names: set[str], where: str, open_ended: bool) -> None:
-    if not isinstance(value, dict):
-        raise ArtifactError(f"`{where}` is not an object", actual=type(value).__name__)
-    if missing := names - set(value):
-        raise ArtifactError(f"`{where}` lacks {', '.join(f'`{name}`' for name in sorted(missing))}")
-    if not open_ended and (unknown := set(value) - names):
-        raise ArtifactError(
-            f"`{where}` has unknown members: {', '.join(f'`{name}`' for name in sorted(unknown))}",
-            hint="free-form data belongs in `annotations`",
-        )
-
-
 def _counts(value: Any, where: str, open_ended: bool) -> Counts:
     names = {item.name for item in fields(Counts)}
-    _members(value, names, where, open_ended)
+    value = strictjson.members(value, names, where=where, open_ended=open_ended)
     for name in names:
         if type(value[name]) is not int or not 0 <= value[name] < _COUNT_LIMIT:
             raise ArtifactError(f"`{where}.{name}` is not a count", actual=repr(value[name])[:100])
@@ -256,8 +249,10 @@ def _counts(value: Any, where: str, open_ended: bool) -> Counts:
 
 
 def _scoring(value: Any, where: str, open_ended: bool) -> Scoring:
-    _members(value, {"engine", "dtype", "logprobs", "temperature"}, where, open_ended)
-    if value["logprobs"] != "raw" or value["temperature"] != 1.0:
+    value = strictjson.members(
+        value, {"engine", "dtype", "logprobs", "temperature"}, where=where, open_ended=open_ended
+    )
+    if value["logprobs"] != "raw" or type(value["temperature"]) is not float or value["temperature"] != 1:
         raise ArtifactError(
             f"`{where}` says that the log-probs were processed",
             code="A019",
@@ -285,20 +280,24 @@ def _render_part(number: int, part: PartEntry) -> dict[str, Any]:
 
 
 def _part(value: Any, number: int, where: str, open_ended: bool) -> PartEntry:
-    _members(value, {"counts", "files"}, where, open_ended)
-    _members(value["files"], set(layout.FILE_KINDS), f"{where}.files", open_ended)
+    value = strictjson.members(value, {"counts", "files"}, where=where, open_ended=open_ended)
+    entries = strictjson.members(value["files"], layout.FILE_KINDS, where=f"{where}.files", open_ended=open_ended)
     files = {}
     for kind in layout.FILE_KINDS:
-        entry, place = value["files"][kind], f"{where}.files.{kind}"
-        _members(entry, {"path", "size", "sha256", "xxh3_128"}, place, open_ended)
+        place = f"{where}.files.{kind}"
+        entry = strictjson.members(entries[kind], _FILE_MEMBERS, where=place, open_ended=open_ended)
         if entry["path"] != layout.part_file(number, kind):
             raise ArtifactError(
                 f"`{place}.path` is not a path of this part",
                 expected=layout.part_file(number, kind),
                 actual=repr(entry["path"])[:200],
             )
-        if type(entry["size"]) is not int or not 0 <= entry["size"] < _COUNT_LIMIT:
-            raise ArtifactError(f"`{place}.size` is not a size", actual=repr(entry["size"])[:100])
+        if type(entry["size"]) is not int or not 0 <= entry["size"] <= layout.MAX_FILE_BYTES:
+            raise ArtifactError(
+                f"`{place}.size` is not a size",
+                expected=f"at most {layout.MAX_FILE_BYTES} bytes",
+                actual=repr(entry["size"])[:100],
+            )
         if not is_digest(entry["sha256"]):
             raise ArtifactError(f"`{place}.sha256` is not a digest", actual=repr(entry["sha256"])[:100])
         if not isinstance(entry["xxh3_128"], str) or not XXH3_PATTERN.fullmatch(entry["xxh3_128"]):

@@ -10,12 +10,14 @@ Pickled weights are never opened. torch and transformers are imported only when 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lopd_store import strictjson
 from lopd_store.errors import DataError, InputError, UnavailableError
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class ModelFiles:
     gguf_file: str | None  # the file's name where the weights are GGUF
     name: str  # Hub id, or the last component of the path
     revision: str | None  # resolved Hub commit
+    adapter: Path | None = None  # a PEFT adapter; all the rest is its base model's
 
 
 def find(model: str | Path) -> ModelFiles:
@@ -100,6 +103,8 @@ def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu"
             model, found = AutoModelForCausalLM.from_pretrained(files.directory, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"the model `{files.name}` does not load: {_first_line(error)}") from error
+    if files.adapter is not None:
+        model = _with_adapter(model, files)
     if lacking := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         raise DataError(
             f"the weights of `{files.name}` are not those of its config",
@@ -107,6 +112,20 @@ def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu"
             actual=f"{len(lacking)} are missing or of another shape, such as `{lacking[0]}`",
         )
     return model.to(device).eval()
+
+
+def _with_adapter(model: Any, files: ModelFiles) -> Any:
+    """The model with the adapter merged into its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"`{files.name}` is a PEFT adapter", hint='pip install "lopd[lora]"') from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in words that it will give up
+            return PeftModel.from_pretrained(model, files.adapter).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"the adapter `{files.name}` does not load: {_first_line(error)}") from error
 
 
 @contextmanager
@@ -219,7 +238,7 @@ def _options(files: ModelFiles) -> dict[str, Any]:
 def _in_directory(directory: Path, *, name: str, revision: str | None) -> ModelFiles:
     weights = tuple(sorted(directory.glob("*.safetensors")))
     if (directory / "adapter_config.json").is_file():
-        raise DataError(f"`{name}` is a PEFT adapter, not a whole model", hint="merge it into its base model first")
+        return _adapter(directory, name=name, revision=revision)
     if not weights:
         pickled = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLED)
         if pickled:
@@ -239,6 +258,22 @@ def _in_directory(directory: Path, *, name: str, revision: str | None) -> ModelF
     if not (directory / "config.json").is_file():
         raise DataError(f"`{name}` has weights but no config.json", hint="copy it from where the weights came")
     return ModelFiles(directory=directory, weights=weights, gguf_file=None, name=name, revision=revision)
+
+
+def _adapter(directory: Path, *, name: str, revision: str | None) -> ModelFiles:
+    """A PEFT adapter with the base model that its configuration names, beside it or on the Hub."""
+    config = strictjson.loads((directory / "adapter_config.json").read_bytes(), where=f"{name}: adapter_config.json")
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise DataError(f"the adapter `{name}` does not name its base model", hint="merge it into its base model")
+    if not list(directory.glob("*.safetensors")):
+        raise DataError(f"the adapter `{name}` has no safetensors", hint="save it with `safe_serialization=True`")
+    beside = directory.parent / base
+    at = config.get("revision")
+    files = find(beside if beside.is_dir() else f"{base}@{at}" if at and not Path(base).exists() else base)
+    if files.adapter is not None or files.gguf_file is not None:
+        raise DataError(f"the base model of the adapter `{name}` is not a plain model", actual=files.name)
+    return replace(files, adapter=directory, name=name, revision=revision)
 
 
 def _on_hub(repository: str, revision: str | None) -> ModelFiles:

@@ -21,6 +21,7 @@ from lopd_store.errors import ArtifactError
 from lopd_store.grid import Grid
 from lopd_store.lookup import lookup
 from lopd_store.manifest import Counts
+from lopd_store.table import LENGTHS
 from lopd_store.topk import Floats, TopK
 
 _ID = ArraySpec("uint32", 0xFFFF_FFFF)
@@ -180,7 +181,11 @@ def topk_file(part: Part, encoding: Encoding) -> bytes:
 def rollouts_file(columns: dict[str, Any]) -> bytes:
     """The bytes of NNNNN.rollouts.parquet; one row per rollout, for people and viewers."""
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, compression="zstd", row_group_size=1024)
+    table = pa.table(columns)
+    table = table.cast(pa.schema([field.with_nullable(field.name not in LENGTHS) for field in table.schema]))
+    others = [name for name in table.column_names if name not in LENGTHS]
+    codecs = {name: "zstd" if name in others else "none" for name in table.column_names}
+    pq.write_table(table, sink, compression=codecs, use_dictionary=others, write_statistics=False, row_group_size=1024)
     return sink.getvalue()
 
 
@@ -238,7 +243,8 @@ def check_borders(
 ) -> None:
     """Raise ArtifactError unless offsets and lengths cut the tokens into rollouts, and these into halves."""
     lengths = np.diff(rollout_offsets)
-    if rollout_offsets[0] != 0 or rollout_offsets[-1] != counts.tokens or (lengths < 0).any():
+    falls = (rollout_offsets[1:] < rollout_offsets[:-1]).any()  # differences of 64 bits may overflow
+    if rollout_offsets[0] != 0 or rollout_offsets[-1] != counts.tokens or falls:
         raise ArtifactError(
             f"`{where}`: `rollout_offsets` do not run from 0 to the number of tokens",
             code="A041",

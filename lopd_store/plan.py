@@ -31,6 +31,7 @@ class Plan:
 
     teacher_path: str  # where to load it; not part of what is planned
     rollouts_path: str  # likewise
+    reference_path: str | None  # likewise
     inputs: Inputs
     encoding: Encoding
     reference_logprobs: bool
@@ -63,6 +64,7 @@ def make_plan(
     sft: Path | None,
     encoding: Encoding,
     scoring: Scoring,
+    reference: str | None = None,
     text: bool = True,
     device: str | None = None,
     threads: int = 1,
@@ -78,9 +80,12 @@ def make_plan(
         raise DataError(f"`{rollouts}` has no rollouts", hint="sample some with `lopd-store generate`")
     identity = identify(teacher)
     _check_tokenizer(file, identity)
+    if reference is not None:
+        _check_reference(file, reference)
     return Plan(
         teacher_path=teacher,
         rollouts_path=str(rollouts),
+        reference_path=reference,
         inputs=Inputs(
             teacher=identity,
             scoring=scoring,
@@ -89,7 +94,7 @@ def make_plan(
             rollouts=file.record,
         ),
         encoding=encoding,
-        reference_logprobs=file.has_logprobs(),
+        reference_logprobs=file.has_logprobs() or reference is not None,
         text=text,
         device=pick_device(device),
         threads=threads,
@@ -182,4 +187,20 @@ def _check_tokenizer(file: RolloutsFile, teacher: ModelIdentity) -> None:
             expected=f"{teacher.tokenizer}  ({teacher.name})",
             actual=f"{policy.tokenizer}  ({policy.name})",
             hint="score with a teacher that shares the student's tokenizer",
+        )
+
+
+def _check_reference(file: RolloutsFile, reference: str) -> None:
+    """The model beside the teacher must be the policy that sampled the rollouts, or its log-probs mean nothing."""
+    if file.record is None:
+        raise InputError(
+            f"`{file.path}` does not say which policy sampled it, so `{reference}` may be another",
+            hint="sample the rollouts with `lopd-store generate`, which records the policy",
+        )
+    policy, found = file.record.policy, identify(reference)
+    if differences := policy.differences(found):
+        raise InputError(
+            f"`{reference}` is not the policy that sampled the rollouts",
+            expected=f"{policy.name}, weights {policy.weights}",
+            actual=f"{found.name}, which differs in {', '.join(differences)}",
         )

@@ -9,7 +9,6 @@ A record says what its tool saw (`recorded`) or what a person claims (`declared`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,9 +38,9 @@ class Sampling:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def from_json(cls, value: Any, *, where: str) -> Sampling:
+    def from_json(cls, value: Any, *, where: str, open_ended: bool = False) -> Sampling:
         """Parse what `to_json` gave."""
-        _members(value, {field.name for field in fields(cls)}, where)
+        value = strictjson.members(value, [field.name for field in fields(cls)], where=where, open_ended=open_ended)
         for name, number in value.items():
             kinds = (int, float) if name in ("temperature", "top_p") else (int,)
             if type(number) not in kinds or number < 0:
@@ -71,20 +70,25 @@ class RolloutsRecord:
         }
 
     @classmethod
-    def from_json(cls, value: Any, *, where: str) -> RolloutsRecord:
+    def from_json(cls, value: Any, *, where: str, open_ended: bool = False) -> RolloutsRecord:
         """Parse what `to_json` gave; raises ArtifactError at any other shape."""
-        _members(value, {"record", "status", "policy", "policy_checkpoint", "prompts", "sampling"}, where)
+        value = strictjson.members(
+            value,
+            {"record", "status", "policy", "policy_checkpoint", "prompts", "sampling"},
+            where=where,
+            open_ended=open_ended,
+        )
         if value["record"] != "rollouts":
             raise ArtifactError(f"`{where}` is not a rollouts record", actual=repr(value["record"])[:100])
         checkpoint = value["policy_checkpoint"]
         return cls(
             status=_status(value["status"], where),
-            policy=ModelIdentity.from_json(value["policy"], where=f"{where}.policy"),
+            policy=ModelIdentity.from_json(value["policy"], where=f"{where}.policy", open_ended=open_ended),
             policy_checkpoint=None
             if checkpoint is None
-            else CheckpointRecord.from_json(checkpoint, where=f"{where}.policy_checkpoint"),
+            else CheckpointRecord.from_json(checkpoint, where=f"{where}.policy_checkpoint", open_ended=open_ended),
             prompts=_digest(value["prompts"], f"{where}.prompts"),
-            sampling=Sampling.from_json(value["sampling"], where=f"{where}.sampling"),
+            sampling=Sampling.from_json(value["sampling"], where=f"{where}.sampling", open_ended=open_ended),
         )
 
 
@@ -114,9 +118,14 @@ class CheckpointRecord:
         }
 
     @classmethod
-    def from_json(cls, value: Any, *, where: str) -> CheckpointRecord:
+    def from_json(cls, value: Any, *, where: str, open_ended: bool = False) -> CheckpointRecord:
         """Parse what `to_json` gave; raises ArtifactError at any other shape."""
-        _members(value, {"record", "status", "method", "model", "base", "data", "sft", "overrides"}, where)
+        value = strictjson.members(
+            value,
+            {"record", "status", "method", "model", "base", "data", "sft", "overrides"},
+            where=where,
+            open_ended=open_ended,
+        )
         if value["record"] != "checkpoint" or value["method"] not in ("sft", "opd"):
             raise ArtifactError(f"`{where}` is not a checkpoint record", actual=repr(value["record"])[:100])
         overrides = value["overrides"]
@@ -125,10 +134,10 @@ class CheckpointRecord:
         return cls(
             status=_status(value["status"], where),
             method=value["method"],
-            model=ModelIdentity.from_json(value["model"], where=f"{where}.model"),
-            base=ModelIdentity.from_json(value["base"], where=f"{where}.base"),
+            model=ModelIdentity.from_json(value["model"], where=f"{where}.model", open_ended=open_ended),
+            base=ModelIdentity.from_json(value["base"], where=f"{where}.base", open_ended=open_ended),
             data=_digest(value["data"], f"{where}.data"),
-            sft=SftProvenance.from_json(value["sft"], where=f"{where}.sft"),
+            sft=SftProvenance.from_json(value["sft"], where=f"{where}.sft", open_ended=open_ended),
             overrides=tuple(overrides),
         )
 
@@ -147,9 +156,9 @@ class SftProvenance:
         return {"status": self.status, "teacher": teacher, "data": self.data}
 
     @classmethod
-    def from_json(cls, value: Any, *, where: str) -> SftProvenance:
+    def from_json(cls, value: Any, *, where: str, open_ended: bool = False) -> SftProvenance:
         """Parse what `to_json` gave; a status of `unknown` goes with no teacher, and only with none."""
-        _members(value, {"status", "teacher", "data"}, where)
+        value = strictjson.members(value, {"status", "teacher", "data"}, where=where, open_ended=open_ended)
         status, teacher = _status(value["status"], where), value["teacher"]
         if (status == "unknown") != (teacher is None):
             raise ArtifactError(
@@ -157,7 +166,9 @@ class SftProvenance:
             )
         return cls(
             status=status,
-            teacher=None if teacher is None else ModelIdentity.from_json(teacher, where=f"{where}.teacher"),
+            teacher=None
+            if teacher is None
+            else ModelIdentity.from_json(teacher, where=f"{where}.teacher", open_ended=open_ended),
             data=None if value["data"] is None else _digest(value["data"], f"{where}.data"),
         )
 
@@ -195,14 +206,6 @@ def read_checkpoint_record(directory: Path) -> CheckpointRecord | None:
 def parse_checkpoint_record(data: bytes, *, where: str) -> CheckpointRecord:
     """The checkpoint record in these bytes; raises ArtifactError where there is none."""
     return CheckpointRecord.from_json(strictjson.loads(data, where=where), where=where)
-
-
-def _members(value: Any, names: set[str], where: str) -> None:
-    if not isinstance(value, Mapping):
-        raise ArtifactError(f"`{where}` is not an object", actual=type(value).__name__)
-    if set(value) != names:
-        unlike = ", ".join(f"`{name}`" for name in sorted(set(value) ^ names))
-        raise ArtifactError(f"`{where}` lacks members or has unknown ones: {unlike}")
 
 
 def _status(value: Any, where: str) -> Status:

@@ -56,6 +56,12 @@ class Artifact:
         """Rollouts of the artifact, also of those that a partial copy lacks."""
         return self.manifest.counts.rollouts
 
+    @property
+    def rollouts(self) -> range:
+        """The numbers of the rollouts that are here: all, but in a copy of some parts."""
+        starts = [*self._first_rollouts, len(self)]
+        return range(starts[self.view.parts.start], starts[self.view.parts.stop])
+
     def part(self, number: int) -> Part:
         """Decode one part; raises ArtifactError where its bytes are not those of the manifest."""
         if number not in self.view.parts:
@@ -116,10 +122,10 @@ class Artifact:
     def _read(self, number: int, kind: str) -> bytes:
         name, entry = layout.part_file(number, kind), self.manifest.parts[number].files[kind]
         path = self.path / name
-        if path.is_symlink() or not path.is_file():
+        if path.parent.is_symlink() or path.is_symlink() or not path.is_file():
             raise ArtifactError(f"`{name}` is missing or not a plain file", hint=f"lopd-store verify {self.path}")
-        with path.open("rb") as file:
-            data = file.read(entry.size + 1)
+        # The size first, so that a manifest cannot make us ask for more memory than there are bytes to read.
+        data = path.read_bytes() if path.stat().st_size == entry.size else b""
         if len(data) != entry.size or xxhash.xxh3_128_hexdigest(data) != entry.xxh3_128:
             raise ArtifactError(f"`{name}` was damaged", hint=f"lopd-store verify {self.path}")
         return data
@@ -147,7 +153,7 @@ def open(path: str | Path, *, student: ModelIdentity | None = None) -> Artifact:
     """
     directory = Path(path)
     file = directory / layout.MANIFEST
-    if not file.is_file():
+    if file.is_symlink() or not file.is_file():
         raise layout.no_artifact(directory)
     artifact = Artifact(directory, manifest.read_bytes(file))
     if student is not None:

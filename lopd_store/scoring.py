@@ -43,6 +43,8 @@ def score_part(
             k_max=encoding.k_max,
             coverage=encoding.coverage,
         )
+        if rollouts[index].logprobs is None:
+            rollouts[index] = replace(rollouts[index], logprobs=scores.reference_sampled_logprobs)
         entropies[index] = scores.entropies.mean() if len(scores.entropies) else 0
         on_positions(len(scores.sampled_logprobs))
     offsets = np.zeros(len(rollouts) + 1, np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from lopd_store.errors import ArtifactError
@@ -11,6 +12,9 @@ from lopd_store.errors import ArtifactError
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 32
 _MAX_INTEGER_DIGITS = 20
+# A bracket, or a string, which may hold brackets; one that does not end goes on to the end of the text.
+_BRACKETS = re.compile(r'[\[\]{}]|"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_DEEPER = {"[": 1, "{": 1, "]": -1, "}": -1}
 # One escape of JSON; the group is there where it is half of a surrogate pair without the other half.
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F])|.)", re.DOTALL)
 
@@ -30,6 +34,23 @@ def loads(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> Any:
         )
     except (UnicodeDecodeError, json.JSONDecodeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"`{where}` is not valid JSON: {error}") from error
+
+
+def members(value: Any, names: Collection[str], *, where: str, open_ended: bool = False) -> dict[str, Any]:
+    """The named members of an object, all of them; raises ArtifactError where one lacks.
+
+    Others are refused too, but where it is `open_ended`, as in what a later version wrote, they are left out.
+    """
+    if not isinstance(value, dict):
+        raise ArtifactError(f"`{where}` is not an object", actual=type(value).__name__)
+    if missing := sorted(set(names) - set(value)):
+        raise ArtifactError(f"`{where}` lacks {', '.join(f'`{name}`' for name in missing)}")
+    if not open_ended and (unknown := sorted(set(value) - set(names))):
+        raise ArtifactError(
+            f"`{where}` has unknown members: {', '.join(f'`{name[:50]}`' for name in unknown[:10])}",
+            hint="free-form data belongs in `annotations`",
+        )
+    return {name: value[name] for name in names}
 
 
 def canonical(value: Any) -> bytes:
@@ -70,19 +91,11 @@ def _finite(literal: str) -> float:
 
 def _check_depth(text: str) -> None:
     """Refuse deep nesting before the recursive parser sees it; brackets inside strings do not count."""
-    depth, in_string, escaped = 0, False, False
-    for char in text:
-        if in_string:
-            in_string = escaped or char != '"'
-            escaped = char == "\\" and not escaped
-        elif char == '"':
-            in_string = True
-        elif char in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ValueError(f"nested more than {MAX_DEPTH} deep")
-        elif char in "]}":
-            depth -= 1
+    depth = 0
+    for match in _BRACKETS.finditer(text):
+        depth += _DEEPER.get(match[0], 0)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
 
 def _check_escapes(text: str) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lopd_store import layout, reader, strictjson
 from lopd_store.durable import sync_directory, write_durably
-from lopd_store.errors import InputError
+from lopd_store.errors import ArtifactError, InputError
 from lopd_store.verifier import OnBytes, verify
 from lopd_store.view import View
 
@@ -38,7 +38,7 @@ def subset(
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
     view = artifact.view
-    if parts is not None and not view.parts.start <= parts.start < parts.stop <= view.parts.stop:
+    if parts is not None and not (view.parts.start <= parts.start < parts.stop <= view.parts.stop and parts.step == 1):
         raise InputError(
             "`parts` is out of range",
             expected=f"{view.parts.start}:{view.parts.stop} or less",
@@ -50,6 +50,8 @@ def subset(
     (copying / layout.PARTS).mkdir(parents=True)
     try:
         for name in chosen.files():
+            if not (artifact.path / name).is_file():
+                raise ArtifactError(f"`{name}` is missing", hint=f"lopd-store verify {artifact.path}")
             _copy(artifact.path / name, copying / name)
         for name in (layout.MANIFEST, layout.BUILD_RECORD, layout.CARD):
             if (artifact.path / name).is_file():

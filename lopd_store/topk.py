@@ -58,7 +58,7 @@ class TopK:
 
         Of entries that rounding made equal at the border, the ones with the lowest ids stay.
         """
-        counts = np.minimum(self.counts, np.uint16(k))
+        counts = np.minimum(self.counts, np.uint16(min(k, 0xFFFF)))
         within = np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.counts)
         kept = within < k
 
@@ -94,9 +94,14 @@ class TopK:
         )
 
     def _normalised(self, logits: Floats) -> Floats:
-        total = np.bincount(self.positions, np.exp(logits, dtype=np.float64), len(self.counts))
-        with np.errstate(divide="ignore"):
-            return np.asarray(logits - np.repeat(np.log(total), self.counts), np.float32)
+        """Log-probs of each position that sum to one; where every entry is impossible they stay so."""
+        filled = self.counts > 0
+        peaks = np.zeros(len(self.counts), np.float64)
+        if filled.any():
+            peaks[filled] = np.maximum.reduceat(logits, self.offsets[:-1][filled])
+        shifted = logits - np.repeat(np.where(np.isneginf(peaks), 0, peaks), self.counts)
+        total = np.bincount(self.positions, np.exp(shifted), len(self.counts))
+        return np.asarray(shifted - np.repeat(np.log(np.where(total > 0, total, 1)), self.counts), np.float32)
 
     def _take(self, positions: Any, entries: Any) -> TopK:
         reference, reference_tail = self.reference_logprobs, self.reference_tail_logprobs
@@ -201,7 +206,8 @@ def sort_entries(topk: TopK) -> TopK:
         runs[(borders - borders[0])[:-1][np.diff(borders) > 0]] = 1
         keys = (np.cumsum(runs, out=runs) << np.uint64(32)) | ids[entries]
         if reference is None:
-            ids[entries] = np.sort(keys)  # the lower half of a key is its id
+            keys.sort()
+            ids[entries] = keys  # the lower half of a key is its id
         else:
             order = np.argsort(keys)
             ids[entries], reference[entries] = ids[entries][order], reference[entries][order]

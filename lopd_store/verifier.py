@@ -14,29 +14,30 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
-from lopd_store import gate, layout
+from lopd_store import gate, layout, reader
 from lopd_store import manifest as manifests
 from lopd_store.checks import Finding, check_tokens, check_topk, finding, finding_of
 from lopd_store.container import Arrays, Group
 from lopd_store.digest import digest_bytes
-from lopd_store.errors import ArtifactError
+from lopd_store.errors import ArtifactError, InputError
 from lopd_store.identity import ModelIdentity
 from lopd_store.manifest import Manifest
 from lopd_store.part import array_lengths, tokens_arrays, topk_arrays
+from lopd_store.table import TEXT, read_lengths
 from lopd_store.view import View, read_view
 
+if TYPE_CHECKING:
+    from lopd_store.rescore import Rescored
+
 OnBytes = Callable[[int, int], None]
-_BLOCK = 4 << 20
-_TEXT = {"prompt", "response"}
+_BLOCK = 256 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Report:
     files: int
     bytes: int
     findings: tuple[Finding, ...]
+    rescored: Rescored | None = None  # where rollouts were scored again
 
     @property
     def ok(self) -> bool:
@@ -65,6 +67,7 @@ class Report:
             "files": self.files,
             "bytes": self.bytes,
             "findings": [found.to_json() for found in self.findings],
+            "rescored": None if self.rescored is None else self.rescored.to_json(),
         }
 
     def require_ok(self) -> None:
@@ -78,16 +81,23 @@ def verify(
     *,
     quick: bool = False,
     student: ModelIdentity | None = None,
+    rescore: int = 0,
+    teacher: str | Path | None = None,
     threads: int | None = None,
     on_bytes: OnBytes | None = None,
+    on_rollouts: OnBytes | None = None,
 ) -> Report:
     """Check an artifact: every byte, every structure, every value; `quick` checks sizes and xxh3 alone.
 
-    With a student, the gate's findings are reported too. Parts are checked side by side in as many threads, one per
-    processor where None is said, and each holds one part in memory. `on_bytes` hears (bytes read, bytes in all). Raises
-    InputError only where there is no directory to look at, or a build in progress.
+    With a student, the gate's findings are reported too. With `rescore` that many rollouts of an artifact that is
+    right otherwise are scored again by the `teacher`. Parts are checked side by side in as many threads, one per
+    processor where None is said, and each holds one part in memory. `on_bytes` hears (bytes read, bytes in all),
+    `on_rollouts` the same of rollouts scored again. Raises InputError only where there is no directory to look at,
+    or a build in progress.
     """
     directory = Path(path)
+    if bool(rescore) != (teacher is not None):
+        raise InputError("`rescore` and `teacher` go together", hint="--rescore 8 --teacher MODEL")
     if not directory.is_dir() or directory.name.endswith(layout.BUILDING_SUFFIX):
         raise layout.no_artifact(directory)
     file = directory / layout.MANIFEST
@@ -119,6 +129,8 @@ def verify(
     except ArtifactError as error:
         return report(finding_of(error, layout.VIEW, "A003"))
     findings = [*_check_directory(directory, view)]
+    if (directory / layout.PARTS).is_symlink():  # nothing outside of the directory is read
+        return report(*findings, view=view, manifest=manifest)
     progress = _Progress(sum(size for _, size in _entries(view, manifest)), on_bytes)
 
     def check(number: int) -> list[Finding]:
@@ -129,7 +141,13 @@ def verify(
             findings += found
     if student is not None:
         findings += _check_gate(manifest, student)
-    return report(*findings, view=view, manifest=manifest)
+    whole = report(*findings, view=view, manifest=manifest)
+    if not rescore or any(found.code != "A080" for found in findings):
+        return whole
+    from lopd_store import rescore as rescoring
+
+    rescored = rescoring.rescore(reader.open(directory), teacher=teacher or "", count=rescore, on_progress=on_rollouts)
+    return replace(whole, rescored=rescored, findings=(*findings, *rescored.findings))
 
 
 class _Progress:
@@ -159,16 +177,18 @@ def _check_directory(directory: Path, view: View) -> Iterator[Finding]:
     parts = directory / layout.PARTS
     if parts.is_symlink():
         yield finding("A020", layout.PARTS, "a directory is a link")
+        return
     there = parts.iterdir() if parts.is_dir() else iter(())
     for extra in sorted({f"{layout.PARTS}/{file.name}" for file in there} - set(view.files())):
-        yield finding("A002", extra, "a file that the manifest does not list")
+        name = extra.encode(errors="backslashreplace").decode()  # a name may be bytes that are no text
+        yield finding("A002", name, "a file that the manifest does not list")
 
 
 def _check_part(
     directory: Path, number: int, manifest: Manifest, view: View, quick: bool, progress: _Progress
 ) -> Iterator[Finding]:
     """The bytes of every file of a part, then what they hold; a part with a broken file is not judged further."""
-    contents: dict[str, bytes] = {}
+    contents: dict[str, memoryview] = {}
     broken = False
     for kind in view.kinds:
         for found in _check_file(directory, number, kind, manifest, None if quick else contents, progress):
@@ -185,7 +205,7 @@ def _check_file(
     number: int,
     kind: str,
     manifest: Manifest,
-    contents: dict[str, bytes] | None,
+    contents: dict[str, memoryview] | None,
     progress: _Progress,
 ) -> Iterator[Finding]:
     """A020 there and no link, A021 size, A022 sha256, A023 xxh3; puts what was read into `contents`."""
@@ -199,18 +219,17 @@ def _check_file(
         yield finding("A021", where, "size differs", f"{entry.size} bytes", f"{size} bytes")
         return
     xxh3, sha256 = xxhash.xxh3_128(), hashlib.sha256()
-    data = bytearray(0 if contents is None else size)
-    block = bytearray(min(_BLOCK, size)) if contents is None else data
-    at = 0
+    kept = np.empty(min(_BLOCK, size) if contents is None else size, np.uint8)
+    data, at = kept.data, 0
     with path.open("rb", buffering=0) as file:
         while at < size:
-            into = memoryview(block)[: size - at] if contents is None else memoryview(data)[at : at + _BLOCK]
-            count = file.readinto(into)
+            block = data[: size - at] if contents is None else data[at : at + _BLOCK]
+            count = file.readinto(block)
             if not count:
                 break
-            xxh3.update(into[:count])
+            xxh3.update(block[:count])
             if contents is not None:
-                sha256.update(into[:count])
+                sha256.update(block[:count])
             at += count
             progress.add(count)
     found = f"sha256:{sha256.hexdigest()}"
@@ -219,10 +238,10 @@ def _check_file(
     elif xxh3.hexdigest() != entry.xxh3_128:
         yield finding("A023", where, "xxh3 differs", entry.xxh3_128, xxh3.hexdigest())
     elif contents is not None:
-        contents[kind] = bytes(data)
+        contents[kind] = data
 
 
-def _check_contents(number: int, contents: dict[str, bytes], manifest: Manifest) -> Iterator[Finding]:
+def _check_contents(number: int, contents: dict[str, memoryview], manifest: Manifest) -> Iterator[Finding]:
     """A030 to A040 containers, then the values and the rollouts table."""
     encoding, counts = manifest.encoding, manifest.parts[number].counts
     vocab_size, lengths = manifest.inputs.teacher.vocab_size, array_lengths(counts)
@@ -253,27 +272,22 @@ def _check_contents(number: int, contents: dict[str, bytes], manifest: Manifest)
         )
 
 
-def _check_table(data: bytes, tokens: Arrays, text: bool, where: str) -> Iterator[Finding]:
+def _check_table(data: bytes | memoryview, tokens: Arrays, text: bool, where: str) -> Iterator[Finding]:
     """A070 the rollouts table reads, A071 and speaks of the same rollouts, A072 with text or without it."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        rows = file.metadata.num_rows
-        lengths = [file.schema_arrow.field(name).type for name in ("prompt_length", "response_length")]
-        if rows != len(tokens["prompt_lengths"]) or any(kind != pa.int32() for kind in lengths):
-            rollouts = len(tokens["prompt_lengths"])
-            yield finding("A071", where, "there is not one row per rollout with its two lengths", rollouts, rows)
-            return
-        table = file.read(columns=["prompt_length", "response_length"])
-        found = [column.to_numpy() for column in table.columns]
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        yield finding("A070", where, f"the rollouts table does not read: {(str(error).splitlines() or [''])[0][:300]}")
+        lengths, names = read_lengths(data, where=where)
+    except ArtifactError as error:
+        yield finding_of(error, where, "A070")
         return
     prompts = tokens["prompt_lengths"]
-    for got, wanted in zip(found, (prompts, np.diff(tokens["rollout_offsets"]) - prompts), strict=True):
+    for got, wanted in zip(lengths.values(), (prompts, np.diff(tokens["rollout_offsets"]) - prompts), strict=True):
+        if len(got) != len(wanted):
+            yield finding("A071", where, "there is not one row per rollout", len(wanted), len(got))
+            break
         if not np.array_equal(got, wanted):
             yield finding("A071", where, "the lengths in the rollouts table are not those of the token ids")
             break
-    if (_TEXT & set(file.schema_arrow.names)) != (_TEXT if text else set()):
+    if names & set(TEXT) != (set(TEXT) if text else set()):
         claim = "`prompt` and `response`" if text else "no text"
         yield finding("A072", where, "the text is not as the manifest states", claim)
 

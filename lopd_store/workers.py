@@ -66,9 +66,10 @@ def _free_memory() -> int:
 
 
 def _teacher_bytes(plan: Plan) -> int:
-    """A guess at what one loaded teacher takes: its files, twice for safetensors, eight times for 4-bit GGUF."""
-    files = models.find(plan.teacher_path)
-    return sum(path.stat().st_size for path in files.weights) * (2 if files.gguf_file is None else 8)
+    """A guess at what the loaded models take: their files, twice for safetensors, eight times for 4-bit GGUF."""
+    found = [models.find(path) for path in (plan.teacher_path, plan.reference_path) if path]
+    sizes = [(sum(path.stat().st_size for path in files.weights), files.gguf_file) for files in found]
+    return sum(size * (2 if gguf is None else 8) for size, gguf in sizes)
 
 
 def _score_here(plan: Plan, building: Path, missing: list[int], report: Callable[[int], None]) -> None:
@@ -152,6 +153,7 @@ def _load_teacher(plan: Plan) -> Teacher:
         dtype=inputs.scoring.dtype,
         device=plan.device,
         batch_tokens=plan.batch_tokens,
+        reference=plan.reference_path,
     )
 
 

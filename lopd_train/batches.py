@@ -87,7 +87,7 @@ def read_artifact(artifact: Artifact) -> list[Record]:
                 sampled_logprobs=rollout.sampled_logprobs,
                 topk=rollout.topk,
             )
-            for row, rollout in enumerate(rollouts)
+            for row, rollout in zip(artifact.rollouts, rollouts, strict=True)
         ),
         str(artifact.path),
     )

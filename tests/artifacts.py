@@ -78,6 +78,7 @@ def identity_named(name: str, /, **changes: Any) -> ModelIdentity:
     """An identity whose weights follow from its name; all share one tokenizer and config."""
     values: dict[str, Any] = {
         "weights": digest_contents(name.encode()).sha256,
+        "rounded_weights": None,
         "config": digest_contents(b"config").sha256,
         "tokenizer": digest_contents(b"tokenizer").sha256,
         "chat_template": None,

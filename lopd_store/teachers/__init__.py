@@ -27,6 +27,7 @@ class RolloutScores:
     sampled_logprobs: npt.NDArray[np.float32]  # [positions]
     candidates: Candidates  # k columns; with a reference policy the k of each
     entropies: npt.NDArray[np.float32]  # [positions], in nats, of the full distribution
+    reference_sampled_logprobs: npt.NDArray[np.float32] | None = None  # [positions], where there is a reference policy
 
 
 class Teacher(Protocol):
@@ -43,10 +44,21 @@ class Teacher(Protocol):
         """
 
 
-def load(engine: str, model: str, *, vocab_size: int, dtype: str, device: str, batch_tokens: int) -> Teacher:
-    """Load a teacher into an engine."""
+def load(
+    engine: str,
+    model: str,
+    *,
+    vocab_size: int,
+    dtype: str,
+    device: str,
+    batch_tokens: int,
+    reference: str | None = None,
+) -> Teacher:
+    """Load a teacher into an engine, and beside it the reference policy where one is named."""
     if engine != "transformers":
         raise InputError(f"there is no engine `{engine}`", expected=", ".join(ENGINES))
     from lopd_store.teachers.transformers import TransformersTeacher
 
-    return TransformersTeacher(model, vocab_size=vocab_size, dtype=dtype, device=device, batch_tokens=batch_tokens)
+    return TransformersTeacher(
+        model, vocab_size=vocab_size, dtype=dtype, device=device, batch_tokens=batch_tokens, reference=reference
+    )

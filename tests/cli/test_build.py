@@ -82,6 +82,7 @@ def test_names_of_people_machines_and_folders_are_in_no_file(
 ) -> None:
     build(teacher_dir.resolve(), rollouts_file.resolve(), "--sft", sft_file.resolve())
     private = {str(here), str(teacher_dir.parent), str(rollouts_file.parent), os.uname().nodename, str(Path.home())}
+    private = {name for name in private if len(name) > 3}  # a shorter one may stand among numbers by chance
     for path in Path("artifact").rglob("*"):
         if path.is_file():
             data = path.read_bytes()

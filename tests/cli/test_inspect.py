@@ -120,7 +120,8 @@ def test_a_broken_part_is_an_error_and_no_traceback(artifact: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     ran = inspect(artifact, "--rollout", 0)
     assert (ran.code, ran.stdout) == (1, "")
-    assert ran.stderr.startswith("error: `00000.tokens.zarr.zip` is not a whole zip: ")
+    text = "error: `parts/00000.tokens.zarr.zip` was damaged\n\n"
+    assert ran.stderr == f"{text}hint: lopd-store verify {artifact}\n"
 
 
 def test_a_newer_format_is_refused_with_the_way_out(artifact: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_newer_format_is_refused_with_the_way_out(artifact: Path) -> None:
     assert inspect(artifact) == Ran(
         code=1,
         stdout="",
-        stderr=f"error: `{path}` has format version 2.0, which this lopd does not read\n"
+        stderr=f"error[A013]: `{path}` has format version 2.0, which this lopd does not read\n"
         "  expected  1.x\n  actual    2.0\n\nhint: pip install --upgrade lopd\n",
     )
 

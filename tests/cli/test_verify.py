@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lopd_store
+from lopd_store import manifest
 from lopd_store.digest import digest_file
 from tests.commands import Ran, run_command
 from tests.tiny import save_tiny_model
@@ -35,7 +36,7 @@ def flip_a_bit(path: Path) -> None:
 
 def edit_manifest(artifact: Path, **members: object) -> None:
     path = artifact / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **members}, indent=2, sort_keys=True) + "\n")
+    path.write_bytes(manifest.sealed({**json.loads(path.read_text()), **members}))
 
 
 def test_a_good_artifact_is_one_line_on_stdout(sealed: Path) -> None:
@@ -53,7 +54,8 @@ def test_a_quick_verification_says_that_it_was_quick(sealed: Path) -> None:
 def test_the_same_facts_come_in_json(sealed: Path) -> None:
     ran = verify(sealed, "--json")
     assert (ran.code, ran.stderr) == (0, "")
-    assert ran.json.keys() == {"ok", "fingerprint", "quick", "files", "bytes", "findings"}
+    facts = {"ok", "fingerprint", "quick", "partial", "files", "bytes", "findings", "rescored"}
+    assert ran.json.keys() == facts
     assert (ran.json["ok"], ran.json["findings"]) == (True, [])
 
 
@@ -94,12 +96,12 @@ def test_a_changed_byte_is_found_by_its_digest(artifact: Path) -> None:
         ),
         (
             lambda artifact: edit_manifest(artifact, version="2.0"),
-            "error[A010]: `manifest.json` has format version 2.0, which this lopd does not read\n"
+            "error[A013]: `manifest.json` has format version 2.0, which this lopd does not read\n"
             "  expected  1.x\n  actual    2.0\n\nhint: pip install --upgrade lopd\n",
         ),
         (
             lambda artifact: edit_manifest(artifact, surprise=1),
-            "error[A010]: `manifest.json` has unknown members: `surprise`\n\n"
+            "error[A014]: `manifest.json` has unknown members: `surprise`\n\n"
             "hint: free-form data belongs in `annotations`\n",
         ),
     ],

@@ -476,7 +476,7 @@ def test_the_card_is_one_that_the_hub_understands(hub: HubServer, sealed: Path, 
 
 
 def test_a_pushed_file_may_be_large_and_go_up_in_pieces(hub: HubServer, sealed: Path, here: Path) -> None:
-    hub.multipart_size = 1000
+    hub.multipart_size = 500
     assert push(sealed).code == 0
     assert max(int(path.rpartition("/")[2]) for method, path in hub.requests if method == "PUT") > 8
     assert pull().code == 0

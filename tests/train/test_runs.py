@@ -212,7 +212,7 @@ def test_an_artifact_without_topk_trains_but_is_not_evaluated(
     artifact: Path, reference: Path, config: TrainConfig, tmp_path: Path
 ) -> None:
     sampled = tmp_path / "sampled"
-    shutil.copytree(artifact, sampled, ignore=shutil.ignore_patterns("*.topk.zarr.zip"))
+    lopd_store.subset(artifact, output=sampled, only="sampled")
     arguments: dict[str, Any] = {"artifact": sampled, "student": reference, "output": tmp_path / "opd"}
     with pytest.raises(InputError, match=r"without top-k.*\n\nhint: .*--eval-fraction 0`"):
         lopd_train.train(**arguments, config=config)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lopd_store
 from lopd_store.errors import InputError
+from lopd_store.grid import Grid
 from lopd_store.models import SplitModel
 from lopd_train import TrainConfig, losses, student
 from lopd_train.batches import BatchTopK, collate, read_artifact
@@ -152,9 +153,16 @@ def test_the_teacher_as_student_gives_the_stored_logprobs(artifact: Path, teache
     with torch.inference_mode():
         sampled, (at_ids, tails) = loaded.token_logprobs(batch), loaded.topk_logprobs(batch)
     encoding = lopd_store.open(artifact).manifest.encoding
-    torch.testing.assert_close(sampled, batch.sampled_logprobs, atol=encoding.sampled_step / 2 + 1e-4, rtol=0)
-    torch.testing.assert_close(at_ids, batch.topk.logprobs, atol=encoding.topk_step / 2 + 1e-4, rtol=0)
-    torch.testing.assert_close(tails, batch.topk.tail_logprobs, atol=encoding.topk_step / 2 + 1e-3, rtol=0)
+    assert_within_rounding(sampled, batch.sampled_logprobs, encoding.sampled_grid, noise=1e-4)
+    assert_within_rounding(at_ids, batch.topk.logprobs, encoding.topk_grid, noise=1e-4)
+    assert_within_rounding(tails, batch.topk.tail_logprobs, encoding.topk_grid, noise=1e-3)
+
+
+def assert_within_rounding(found: Tensor, stored: Tensor, grid: Grid | None, *, noise: float) -> None:
+    """Each difference is at most the greatest error of the level that was stored."""
+    assert grid is not None
+    errors = torch.from_numpy(grid.half_steps[grid.to_codes(stored.numpy())])
+    assert bool(((found - stored).abs() <= errors + noise).all())
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(artifact: Path, reference: Path) -> None:

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {"lopd_store": ROOT / "lopd_store", "lopd_train": ROOT / "lopd_train", "lopd_cli": ROOT / "cli"}
 # A module imports only what stands before it, wherever in the file the import is: DESIGN.md, section 3.
 LAYERS = [
-    ("leaves", ["errors", "strictjson", "digest", "durable", "layout"]),
-    ("values", ["models", "identity", "provenance", "topk", "encoding", "manifest", "gate"]),
-    ("files", ["part", "rollouts", "prompts", "card"]),
-    ("making", ["teachers", "teachers.transformers", "plan", "scoring", "workers", "sampler"]),
-    ("artifacts", ["reader", "builder", "verifier", "hub"]),
+    ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "lookup", "pco"]),
+    ("values", ["models", "weights", "identity", "provenance", "grid", "topk", "encoding", "manifest", "gate", "view"]),
+    ("files", ["container", "table", "part", "checks", "rollouts", "prompts", "card"]),
+    ("making", ["teachers", "teachers.transformers", "plan", "scoring", "workers", "sampler", "audit", "differences"]),
+    ("artifacts", ["reader", "rescore", "builder", "verifier", "subset", "hub"]),
     ("door", ["__init__"]),
 ]
 ORDER = [module for _, modules in LAYERS for module in modules]

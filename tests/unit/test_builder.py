@@ -17,11 +17,10 @@ from lopd_store.digest import digest_contents, digest_json
 from lopd_store.errors import ArtifactError, ConsistencyError, DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
 from lopd_store.models import PROVENANCE_FILE
-from lopd_store.part import read_part
 from lopd_store.provenance import UNKNOWN_SFT, CheckpointRecord, RolloutsRecord
 from lopd_store.reader import Artifact
 from lopd_store.rollouts import RolloutsFile
-from tests.artifacts import random_pairs, save_rollouts
+from tests.artifacts import random_pairs, read_first_part, save_rollouts
 from tests.records import CHECKPOINT, ROLLOUTS, SFT, policy
 from tests.tiny import save_tiny_model
 from tests.unit.conftest import LENGTHS, PART_POSITIONS
@@ -238,7 +237,7 @@ def test_the_rollouts_table_speaks_of_every_rollout(sealed: Path) -> None:
 
     table = pq.read_table(sealed / layout.part_file(0, layout.ROLLOUTS)).to_pylist()
     assert [(row["prompt_length"], row["response_length"]) for row in table] == LENGTHS[:2]
-    part = read_part(sealed / layout.part_file(0, layout.TOKENS), None)
+    part = read_first_part(sealed)
     mean = part.sampled_logprobs[:9].mean()
     assert table[0]["mean_sampled_logprob"] == pytest.approx(mean, abs=1 / 512)
     assert table[0]["finish_reason"] == "length" and table[0]["mean_entropy"] > 0
@@ -330,7 +329,7 @@ def test_sft_that_contradicts_the_rollouts_is_refused(
     ("name", "data", "kind", "said"),
     [
         ("nowhere", None, InputError, "no SFT provenance at"),
-        ("record.json", b"{}", ArtifactError, "lacks members"),
+        ("record.json", b"{}", ArtifactError, "lacks `base`, "),
         ("record.json", b"[", ArtifactError, "is not valid JSON"),
         ("sft.parquet", b"no", DataError, "is not a Parquet file"),
     ],

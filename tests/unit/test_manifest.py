@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from lopd_store import strictjson
 from lopd_store.encoding import make_encoding
 from lopd_store.errors import ArtifactError
-from lopd_store.manifest import Manifest, parse, render
+from lopd_store.manifest import SEAL, Manifest, parse, render, sealed
 from lopd_store.provenance import UNKNOWN_SFT
 from tests.artifacts import edit_manifest
 from tests.records import INPUTS, make_manifest
@@ -18,6 +19,7 @@ from tests.records import INPUTS, make_manifest
 MANIFEST = make_manifest()
 DATA = render(MANIFEST)
 FILE = ("parts", 1, "files", "topk")
+TOPK_GRID = ("grids", "topk_logprobs")
 
 
 @pytest.mark.parametrize(
@@ -39,9 +41,9 @@ def test_a_manifest_that_is_read_and_written_has_the_same_bytes() -> None:
     assert render(parse(DATA)) == DATA
 
 
-def test_the_bounds_are_half_the_steps() -> None:
+def test_the_bounds_are_half_the_widest_steps() -> None:
     encoding = json.loads(DATA)["encoding"]
-    assert encoding["bounds"] == {name: step / 2 for name, step in encoding["steps"].items()}
+    assert encoding["bounds"] == {name: grid[-1][1] / 2 for name, grid in encoding["grids"].items()}
 
 
 # Versions
@@ -55,6 +57,11 @@ PLACES: list[tuple[str | int, ...]] = [
     ("parts", 1, "counts", "news"),
     ("parts", 1, "files", "news"),
     ("parts", 1, "files", "tokens", "news"),
+    ("encoding", "news"),
+    ("encoding", "selection", "news"),
+    ("inputs", "teacher", "news"),
+    ("inputs", "sft", "news"),
+    ("inputs", "rollouts", "news"),
 ]
 
 
@@ -74,19 +81,21 @@ def test_a_member_of_this_version_may_not_lack_at_a_higher_minor_version() -> No
     document = json.loads(edit_manifest(DATA, "version", value="1.7"))
     del document["inputs"]
     with pytest.raises(ArtifactError, match="lacks `inputs`"):
-        parse(json.dumps(document).encode())
+        parse(sealed(document))
 
 
 @pytest.mark.parametrize("version", ["2.0", "0.9", "10.0"])
 def test_another_major_version_is_refused_with_the_way_out(version: str) -> None:
-    with pytest.raises(ArtifactError, match=rf"format version {version}, (?s:.)*hint: pip install --upgrade lopd"):
+    with pytest.raises(ArtifactError, match=rf"format version {version}, (?s:.)*hint: pip install --upgrade lopd") as e:
         parse(edit_manifest(DATA, "version", value=version))
+    assert e.value.code == "A013"
 
 
 @pytest.mark.parametrize("version", ["1", "1.0.0", "01.0", "1.-1", "v1.0", "1.0\n", 1.0, None, "1.99999"])
 def test_what_is_no_version_is_refused(version: Any) -> None:
-    with pytest.raises(ArtifactError, match="is not a version"):
+    with pytest.raises(ArtifactError, match="is not a version") as caught:
         parse(edit_manifest(DATA, "version", value=version))
+    assert caught.value.code == "A013"
 
 
 # Refusals
@@ -106,61 +115,112 @@ def test_a_path_that_is_not_the_parts_own_is_refused(path: Any) -> None:
 
 @pytest.mark.parametrize("name", ["rollouts", "tokens", "positions", "entries"])
 def test_counts_that_do_not_add_up_are_refused(name: str) -> None:
-    with pytest.raises(ArtifactError, match=f"counts.{name}` is not the sum over the parts"):
+    with pytest.raises(ArtifactError, match=f"counts.{name}` is not the sum over the parts") as caught:
         parse(edit_manifest(DATA, "counts", name, value=1000))
+    assert caught.value.code == "A015"
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "said"),
+    ("place", "value", "code", "said"),
     [
-        (("counts", "rollouts"), -1, "counts.rollouts` is not a count"),
-        (("counts", "rollouts"), True, "counts.rollouts` is not a count"),
-        (("parts", 0, "counts", "tokens"), 2.0, "counts.tokens` is not a count"),
-        (("parts", 0, "counts", "tokens"), 1 << 53, "counts.tokens` is not a count"),
-        (("parts", 0, "counts"), [], "counts` is not an object"),
-        ((*FILE, "size"), -1, "size` is not a size"),
-        ((*FILE, "sha256"), "sha256:0", "sha256` is not a digest"),
-        ((*FILE, "xxh3_128"), "0" * 31, "xxh3_128` is not 32 hex digits"),
-        ((*FILE, "xxh3_128"), None, "xxh3_128` is not 32 hex digits"),
-        ((*FILE,), None, "files.topk` is not an object"),
-        (("parts",), [], "is not a list of 1 to 100000 parts"),
-        (("parts",), {}, "is not a list of 1 to 100000 parts"),
-        (("format",), "flop", "is not the manifest of an artifact"),
-        (("inputs",), [], "inputs` is not an object"),
-        (("inputs", "rollouts_file"), "md5:0", "inputs.rollouts_file` is not a digest"),
-        (("inputs", "teacher", "weights"), "x", "inputs.teacher.weights` is not a digest"),
-        (("inputs", "teacher", "vocab_size"), 0, "inputs.teacher.vocab_size` is not a size"),
-        (("inputs", "teacher", "vocab_size"), 1 << 31, "inputs.teacher.vocab_size` is not a size"),
-        (("inputs", "teacher", "name"), 3, "inputs.teacher.name` is not a string"),
-        (("inputs", "teacher"), None, "inputs.teacher` is not a model identity"),
-        (("inputs", "sft", "status"), "guessed", "inputs.sft.status` is not known"),
-        (("inputs", "scoring", "logprobs"), "processed", "says that the log-probs were processed"),
-        (("inputs", "scoring", "temperature"), 0.7, "says that the log-probs were processed"),
-        (("inputs", "scoring", "engine"), 3, "does not name an engine and a dtype"),
-        (("reference_logprobs",), 1, "`reference_logprobs` is not true or false"),
-        (("annotations",), [], "`annotations` not an object"),
-        (("encoding", "profile"), "lossless", "encoding` is not an encoding of this version"),
-        (("encoding", "steps", "topk_logprobs"), 0.3, "encoding` is not an encoding: a step is not a power of two"),
-        (("encoding", "bounds", "topk_logprobs"), 0.0, "encoding` is not an encoding of this version"),
-        (("encoding", "selection", "rule"), "student", "encoding` is not an encoding of this version"),
-        (("encoding", "selection", "k_max"), 65_535, "encoding` is not an encoding: `k_max` is out of range"),
-        (("encoding", "selection", "k_min"), 65, "encoding` is not an encoding: `k_min` is greater than `k_max`"),
-        (("encoding", "selection", "coverage"), 0, "encoding` is not an encoding: `coverage` is out of range"),
-        (("encoding", "selection"), None, "encoding` is not an encoding"),
-        (("encoding",), "compact", "encoding` is not an encoding"),
+        (("counts", "rollouts"), -1, "A015", "counts.rollouts` is not a count"),
+        (("counts", "rollouts"), True, "A015", "counts.rollouts` is not a count"),
+        (("parts", 0, "counts", "tokens"), 2.0, "A016", "counts.tokens` is not a count"),
+        (("parts", 0, "counts", "tokens"), 1 << 53, "A016", "counts.tokens` is not a count"),
+        (("parts", 0, "counts"), [], "A016", "counts` is not an object"),
+        ((*FILE, "size"), -1, "A016", "size` is not a size"),
+        ((*FILE, "sha256"), "sha256:0", "A016", "sha256` is not a digest"),
+        ((*FILE, "xxh3_128"), "0" * 31, "A016", "xxh3_128` is not 32 hex digits"),
+        ((*FILE, "xxh3_128"), None, "A016", "xxh3_128` is not 32 hex digits"),
+        ((*FILE,), None, "A016", "files.topk` is not an object"),
+        (("parts",), [], "A016", "is not a list of 1 to 100000 parts"),
+        (("parts",), {}, "A016", "is not a list of 1 to 100000 parts"),
+        (("format",), "flop", "A010", "is not the manifest of an artifact"),
+        (("inputs",), [], "A018", "inputs` is not an object"),
+        (("inputs", "rollouts_file"), "md5:0", "A018", "inputs.rollouts_file` is not a digest"),
+        (("inputs", "teacher", "weights"), "x", "A018", "inputs.teacher.weights` is not a digest"),
+        (("inputs", "teacher", "vocab_size"), 0, "A018", "inputs.teacher.vocab_size` is not a size"),
+        (("inputs", "teacher", "vocab_size"), 1 << 31, "A018", "inputs.teacher.vocab_size` is not a size"),
+        (("inputs", "teacher", "name"), 3, "A018", "inputs.teacher.name` is not a string"),
+        (("inputs", "teacher"), None, "A018", "inputs.teacher` is not an object"),
+        (("inputs", "sft", "status"), "guessed", "A018", "inputs.sft.status` is not known"),
+        (("inputs", "scoring", "logprobs"), "processed", "A019", "says that the log-probs were processed"),
+        (("inputs", "scoring", "temperature"), 0.7, "A019", "says that the log-probs were processed"),
+        (("inputs", "scoring", "engine"), 3, "A018", "does not name an engine and a dtype"),
+        (("reference_logprobs",), 1, "A014", "reference_logprobs` is not true or false"),
+        (("text",), None, "A014", "text` is not true or false"),
+        (("annotations",), [], "A014", "annotations` is not an object"),
+        (("encoding", "profile"), "lossless", "A017", "encoding` is not an encoding of this version"),
+        (("encoding", "profile"), "exact", "A017", "encoding` is not an encoding of this version"),
+        (("encoding", *TOPK_GRID), [[0, 0.3]], "A017", "encoding` is not an encoding: a step of a grid is not a power"),
+        (("encoding", *TOPK_GRID), None, "A017", "encoding` is not an encoding: the profile `compact` lacks a grid"),
+        (("encoding", *TOPK_GRID), "fine", "A017", "encoding` is not an encoding: a grid is not a list"),
+        (("encoding", "bounds", "topk_logprobs"), 0.0, "A017", "encoding` is not an encoding of this version"),
+        (("encoding", "selection", "rule"), "student", "A017", "an encoding: there is no such selection"),
+        (("encoding", "selection", "k_max"), 65_535, "A017", "an encoding: `k_max` is out of range"),
+        (("encoding", "selection", "k_min"), 65, "A017", "an encoding: `k_min` is greater than `k_max`"),
+        (("encoding", "selection", "coverage"), 0, "A017", "an encoding: `coverage` is out of range"),
+        (("encoding", "selection"), None, "A017", "encoding.selection` is not an object"),
+        (("encoding",), "compact", "A017", "encoding` is not an object"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_with_its_place(
-    place: tuple[str | int, ...], value: Any, said: str
+    place: tuple[str | int, ...], value: Any, code: str, said: str
 ) -> None:
-    with pytest.raises(ArtifactError, match=said):
+    with pytest.raises(ArtifactError, match=said) as caught:
         parse(edit_manifest(DATA, *place, value=value))
+    assert caught.value.code == code
 
 
-@pytest.mark.parametrize("data", [b"", b"null", b"[]", b'{"format": "lopd", "format": "lopd"}', DATA[:-10]])
+@pytest.mark.parametrize(
+    "data", [b"", b"null", b"[]", b"{}", b'{"format": "lopd", "format": "lopd"}', DATA[:-10], b"\xff"]
+)
 def test_what_is_no_manifest_at_all_is_refused(data: bytes) -> None:
-    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json") as caught:
         parse(data)
+    assert caught.value.code == "A010"
+
+
+# The seal
+
+
+def test_a_digit_that_was_changed_is_seen_at_once() -> None:
+    damaged = DATA.replace(b'"k_max": 64', b'"k_max": 65')
+    with pytest.raises(ArtifactError, match="was changed after it was sealed\n  expected  sha256:") as caught:
+        parse(damaged)
+    assert damaged != DATA and caught.value.code == "A011"
+
+
+@pytest.mark.parametrize("seal", [None, "sha256:0", 3, {}])
+def test_a_seal_that_is_none_is_refused(seal: Any) -> None:
+    document = json.loads(DATA)
+    with pytest.raises(ArtifactError, match="was changed after it was sealed") as caught:
+        parse(strictjson.pretty({**document, SEAL: seal}))
+    assert caught.value.code == "A011"
+
+
+def test_a_manifest_without_a_seal_is_refused() -> None:
+    document = json.loads(DATA)
+    del document[SEAL]
+    with pytest.raises(ArtifactError, match="was changed after it was sealed") as caught:
+        parse(strictjson.pretty(document))
+    assert caught.value.code == "A011"
+
+
+@pytest.mark.parametrize(
+    "data", [DATA[:-1], DATA + b"\n", b" " + DATA, strictjson.canonical(json.loads(DATA)), DATA.replace(b"\n", b"\r\n")]
+)
+def test_another_form_of_the_same_facts_is_refused(data: bytes) -> None:
+    assert json.loads(data) == json.loads(DATA)
+    with pytest.raises(ArtifactError, match="is not in the form in which manifests are stored") as caught:
+        parse(data)
+    assert caught.value.code == "A012"
+
+
+def test_no_flipped_bit_goes_unnoticed() -> None:
+    for at in range(0, len(DATA), 7):
+        with pytest.raises(ArtifactError):
+            parse(DATA[:at] + bytes([DATA[at] ^ 1]) + DATA[at + 1 :])
 
 
 def every_place(value: Any, place: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:

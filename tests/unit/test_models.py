@@ -52,9 +52,9 @@ def test_weights_without_a_config_are_refused(model_dir: Path) -> None:
         models.find(model_dir)
 
 
-def test_an_adapter_is_refused(model_dir: Path) -> None:
+def test_an_adapter_that_does_not_name_its_base_model_is_refused(model_dir: Path) -> None:
     (model_dir / "adapter_config.json").write_text("{}")
-    with pytest.raises(DataError, match="is a PEFT adapter, not a whole model"):
+    with pytest.raises(DataError, match="does not name its base model"):
         models.find(model_dir)
 
 

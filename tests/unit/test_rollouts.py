@@ -162,7 +162,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     table = pa.table(GOOD).replace_schema_metadata({METADATA_KEY: b'{"record": "rollouts"}'})
     pq.write_table(table, tmp_path / "r.parquet")
-    with pytest.raises(ArtifactError, match=r"`r\.parquet` lacks members"):
+    with pytest.raises(ArtifactError, match=r"`r\.parquet` lacks `policy`, "):
         RolloutsFile(tmp_path / "r.parquet")
 
 

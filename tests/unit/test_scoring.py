@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lopd_store
 from lopd_store.encoding import make_encoding
 from lopd_store.errors import DataError
+from lopd_store.grid import Grid
 from lopd_store.manifest import Scoring
 from lopd_store.plan import Plan, make_plan
 from lopd_store.rollouts import Rollout
@@ -21,6 +23,7 @@ from lopd_store.scoring import score_part
 from lopd_store.teachers import RolloutScores, load
 from lopd_store.teachers import transformers as engine
 from lopd_store.teachers.transformers import TransformersTeacher, batches, score_logits
+from lopd_store.topk import Candidates
 from tests.artifacts import random_pairs, rollout, save_rollouts
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.unit.conftest import LENGTHS, PART_POSITIONS
@@ -64,7 +67,10 @@ def load_teacher(model: Path, *, batch_tokens: int = 64) -> TransformersTeacher:
 
 
 def test_every_rollout_has_one_row_per_response_token(scores: list[RolloutScores]) -> None:
-    rows = [(len(s.sampled_logprobs), s.ids.shape, s.logprobs.shape, len(s.tail_logprobs)) for s in scores]
+    rows = [
+        (len(s.sampled_logprobs), s.candidates.ids.shape, s.candidates.logprobs.shape, len(s.candidates.tail_logprobs))
+        for s in scores
+    ]
     assert rows == [(n, (n, K), (n, K), n) for _, n in LENGTHS]
 
 
@@ -76,19 +82,21 @@ def test_sampled_logprobs_equal_the_dense_twin(scores: list[RolloutScores], twin
 
 def test_the_top_k_ids_are_those_of_the_dense_twin(scores: list[RolloutScores], twin: list[np.ndarray]) -> None:
     for found, dense in zip(scores, twin, strict=True):
-        for row, logprobs in zip(found.ids, dense, strict=True):
+        for row, logprobs in zip(found.candidates.ids, dense, strict=True):
             assert set(row.tolist()) == set(best(logprobs, K, VOCAB_SIZE))
 
 
 def test_the_top_k_values_are_the_dense_twins_at_those_ids(scores: list[RolloutScores], twin: list[np.ndarray]) -> None:
     for found, dense in zip(scores, twin, strict=True):
-        np.testing.assert_allclose(found.logprobs, np.take_along_axis(dense, found.ids, axis=1), atol=TOLERANCE)
+        np.testing.assert_allclose(
+            found.candidates.logprobs, np.take_along_axis(dense, found.candidates.ids, axis=1), atol=TOLERANCE
+        )
 
 
 def test_the_tail_is_the_measured_mass_outside_the_top_k(scores: list[RolloutScores], twin: list[np.ndarray]) -> None:
     for found, dense in zip(scores, twin, strict=True):
-        wanted = [tail(logprobs, ids.tolist()) for logprobs, ids in zip(dense, found.ids, strict=True)]
-        np.testing.assert_allclose(found.tail_logprobs, wanted, atol=TOLERANCE)
+        wanted = [tail(logprobs, ids.tolist()) for logprobs, ids in zip(dense, found.candidates.ids, strict=True)]
+        np.testing.assert_allclose(found.candidates.tail_logprobs, wanted, atol=TOLERANCE)
 
 
 def test_entropies_equal_the_dense_twin(scores: list[RolloutScores], twin: list[np.ndarray]) -> None:
@@ -102,7 +110,7 @@ def test_the_size_of_a_batch_changes_no_score(
 ) -> None:
     for found, wanted in zip(score(teacher_dir, ROLLOUTS, batch_tokens=batch_tokens), scores, strict=True):
         np.testing.assert_allclose(found.sampled_logprobs, wanted.sampled_logprobs, atol=TOLERANCE)
-        np.testing.assert_allclose(found.tail_logprobs, wanted.tail_logprobs, atol=TOLERANCE)
+        np.testing.assert_allclose(found.candidates.tail_logprobs, wanted.candidates.tail_logprobs, atol=TOLERANCE)
 
 
 def test_the_head_in_chunks_gives_the_scores_of_the_head_at_once(
@@ -111,7 +119,7 @@ def test_the_head_in_chunks_gives_the_scores_of_the_head_at_once(
     monkeypatch.setattr(engine, "_HEAD_CHUNK_VALUES", 4 * VOCAB_SIZE)  # four positions; else only large heads chunk
     for found, wanted in zip(score(teacher_dir, ROLLOUTS), scores, strict=True):
         np.testing.assert_allclose(found.sampled_logprobs, wanted.sampled_logprobs, atol=TOLERANCE)
-        np.testing.assert_array_equal(found.ids, wanted.ids)
+        np.testing.assert_array_equal(found.candidates.ids, wanted.candidates.ids)
 
 
 def test_rollouts_without_any_response_give_no_rows(teacher_dir: Path) -> None:
@@ -121,8 +129,8 @@ def test_rollouts_without_any_response_give_no_rows(teacher_dir: Path) -> None:
 
 def test_k_beyond_the_vocabulary_keeps_all_of_it(teacher_dir: Path) -> None:
     (found,) = score(teacher_dir, [rollout([7, 8], [9])], k=5000)
-    assert sorted(found.ids[0].tolist()) == list(range(VOCAB_SIZE))
-    assert found.tail_logprobs[0] == -np.inf
+    assert sorted(found.candidates.ids[0].tolist()) == list(range(VOCAB_SIZE))
+    assert found.candidates.tail_logprobs[0] == -np.inf
 
 
 # A padded head
@@ -130,7 +138,7 @@ def test_k_beyond_the_vocabulary_keeps_all_of_it(teacher_dir: Path) -> None:
 
 def test_ids_of_padding_are_never_among_the_top_k(padded_dir: Path) -> None:
     found = score(padded_dir, ROLLOUTS, k=VOCAB_SIZE)
-    assert max(int(one.ids.max()) for one in found if len(one.ids)) == VOCAB_SIZE - 1
+    assert max(int(one.candidates.ids.max()) for one in found if len(one.candidates.ids)) == VOCAB_SIZE - 1
 
 
 def test_mass_on_ids_of_padding_goes_to_the_tail(padded_dir: Path) -> None:
@@ -138,7 +146,7 @@ def test_mass_on_ids_of_padding_goes_to_the_tail(padded_dir: Path) -> None:
     for one, found in zip(ROLLOUTS, score(padded_dir, ROLLOUTS, k=VOCAB_SIZE), strict=True):
         wanted = [tail(row, list(range(VOCAB_SIZE))) for row in dense.logprobs(one)]
         assert max(wanted, default=0) > -10 or not wanted, "the padding must have mass, or this shows nothing"
-        np.testing.assert_allclose(found.tail_logprobs, wanted, atol=TOLERANCE)
+        np.testing.assert_allclose(found.candidates.tail_logprobs, wanted, atol=TOLERANCE)
 
 
 def test_sampled_logprobs_are_over_the_whole_padded_head(padded_dir: Path) -> None:
@@ -201,7 +209,7 @@ def test_row_j_is_the_distribution_of_response_token_j(
 
 def test_the_first_row_sees_the_last_prompt_token(counting_dir: Path) -> None:
     (found,) = score(counting_dir, [rollout([9, 10, 77], [11])], k=1)
-    assert found.ids.tolist() == [[78]]
+    assert found.candidates.ids.tolist() == [[78]]
 
 
 # Numbers of single positions
@@ -289,14 +297,20 @@ def test_a_compact_artifact_is_within_its_bounds_of_the_exact_one(
         part_positions=PART_POSITIONS,
     )
     compact = lopd_store.open(sealed)
-    bounds = compact.manifest.encoding.to_json()["bounds"]
+    encoding = compact.manifest.encoding
     for wanted, found in zip(exact.parts(), compact.parts(), strict=True):
         assert wanted.topk is not None and found.topk is not None
-        difference = np.abs(wanted.sampled_logprobs - found.sampled_logprobs)
-        assert difference.max() <= bounds["sampled_logprobs"] + 1e-6
         np.testing.assert_array_equal(wanted.topk.counts, found.topk.counts)
-        difference = np.abs(wanted.topk.tail_logprobs - found.topk.tail_logprobs)
-        assert difference.max() <= bounds["topk_logprobs"] + 1e-6
+        assert_rounded(found.sampled_logprobs, wanted.sampled_logprobs, encoding.sampled_grid)
+        assert_rounded(found.topk.logprobs, wanted.topk.logprobs, encoding.topk_grid)
+        assert_rounded(found.topk.tail_logprobs, wanted.topk.tail_logprobs, encoding.topk_grid)
+
+
+def assert_rounded(found: np.ndarray, exact: np.ndarray, grid: Grid | None) -> None:
+    """Each difference is at most the greatest error of the level that was stored."""
+    assert grid is not None
+    assert (np.abs(found - exact) <= grid.half_steps[grid.to_codes(found)] + 1e-6).all()
+    assert np.abs(found - exact).max() <= grid.bound + 1e-6
 
 
 def make_small_plan(teacher_dir: Path, path: Path, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Plan:
@@ -348,17 +362,31 @@ class FaultyTeacher:
 
 GOOD_SCORES = RolloutScores(
     sampled_logprobs=np.array([-1.0, -2.0], np.float32),
-    ids=np.array([[7, 8], [8, 9]], np.uint32),
-    logprobs=np.array([[-1.0, -2.0], [-0.5, -2.0]], np.float32),
-    tail_logprobs=np.array([-0.7, -1.4], np.float32),
+    candidates=Candidates(
+        ids=np.array([[7, 8], [8, 9]], np.uint32),
+        logprobs=np.array([[-1.0, -2.0], [-0.5, -2.0]], np.float32),
+        tail_logprobs=np.array([-0.7, -1.4], np.float32),
+    ),
     entropies=np.array([1.0, 1.0], np.float32),
 )
+
+
+def good_scores_but(name: str, value: Any) -> RolloutScores:
+    """The good scores with one other array, of theirs or of their candidates."""
+    if name in RolloutScores.__dataclass_fields__:
+        return replace(GOOD_SCORES, **{name: value})
+    return replace(GOOD_SCORES, candidates=replace(GOOD_SCORES.candidates, **{name: value}))
+
+
+def good(name: str) -> np.ndarray:
+    found: np.ndarray = getattr(GOOD_SCORES if hasattr(GOOD_SCORES, name) else GOOD_SCORES.candidates, name)
+    return found
 
 
 @pytest.mark.parametrize("name", ["sampled_logprobs", "ids", "logprobs", "tail_logprobs"])
 def test_a_teacher_that_leaves_out_a_row_is_refused(teacher_dir: Path, tmp_path: Path, name: str) -> None:
     plan = make_small_plan(teacher_dir, tmp_path, [([7], [8, 9])])
-    faulty = FaultyTeacher(replace(GOOD_SCORES, **{name: getattr(GOOD_SCORES, name)[1:]}))
+    faulty = FaultyTeacher(good_scores_but(name, good(name)[1:]))
     with pytest.raises(DataError, match="rollout 0: the teacher gave another number of rows\n  expected  2"):
         score_part(plan, faulty, 0, lambda count: None)
 
@@ -366,9 +394,9 @@ def test_a_teacher_that_leaves_out_a_row_is_refused(teacher_dir: Path, tmp_path:
 @pytest.mark.parametrize("name", ["sampled_logprobs", "logprobs", "tail_logprobs"])
 def test_a_teacher_that_gives_no_number_is_refused(teacher_dir: Path, tmp_path: Path, name: str) -> None:
     plan = make_small_plan(teacher_dir, tmp_path, [([7], [8, 9])])
-    values = getattr(GOOD_SCORES, name).copy()
+    values = good(name).copy()
     values.flat[0] = np.nan
-    faulty = FaultyTeacher(replace(GOOD_SCORES, **{name: values}))
+    faulty = FaultyTeacher(good_scores_but(name, values))
     with pytest.raises(DataError, match="rollout 0: the teacher gave log-probs that are not numbers"):
         score_part(plan, faulty, 0, lambda count: None)
 

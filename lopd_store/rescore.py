@@ -1,0 +1,159 @@
+"""Rescoring: some rollouts scored again by the teacher, to see that the stored log-probs are what it says.
+
+Digests show that bytes did not change; only the teacher can show that they were right. How far two honest scorings may
+differ is not guessed: the rollouts are scored twice, in other batch shapes, and the difference is the noise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lopd_store import models
+from lopd_store.checks import Finding, finding
+from lopd_store.errors import InputError
+from lopd_store.grid import Grid
+from lopd_store.identity import identify
+from lopd_store.reader import Artifact, StoredRollout
+from lopd_store.rollouts import Rollout
+from lopd_store.teachers import RolloutScores, load
+
+_BATCH_TOKENS = 4096
+_NOISE_FACTOR = 4  # the largest of few differences understates the largest of many
+_LEAST_NOISE = 1e-4  # nat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescored:
+    """What scoring some rollouts again showed; differences in nats."""
+
+    rollouts: tuple[int, ...]
+    noise: float  # largest difference between two scorings of the same log-prob
+    difference: float  # largest difference from a stored log-prob, beyond its rounding
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object, without the findings."""
+        return {"rollouts": list(self.rollouts), "noise": self.noise, "difference": self.difference}
+
+
+def rescore(
+    artifact: Artifact,
+    *,
+    teacher: str | Path,
+    count: int,
+    seed: int | None = None,
+    device: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Rescored:
+    """Score `count` random rollouts again; without a seed nobody can know beforehand which.
+
+    A090: every stored log-prob is the teacher's within the rounding and the noise. `on_progress` hears (rollouts
+    scored, in all). Raises InputError where the model is not the teacher of the artifact.
+    """
+    inputs, encoding = artifact.manifest.inputs, artifact.manifest.encoding
+    _check_teacher(artifact, teacher)
+    here = artifact.rollouts
+    if not count >= 1:
+        raise InputError("`rescore` is out of range", expected="1 or more", actual=count)
+    chosen = sorted(random.Random(seed).sample(here, min(count, len(here))))
+    stored = [artifact.rollout(index) for index in chosen]
+    rollouts = [_rollout(one) for one in stored]
+    scorings: list[list[RolloutScores]] = []
+    for batch_tokens in (_BATCH_TOKENS, 1):  # many rollouts to a batch, and each alone
+        engine = load(
+            inputs.scoring.engine,
+            str(teacher),
+            vocab_size=inputs.teacher.vocab_size,
+            dtype=inputs.scoring.dtype,
+            device=models.pick_device(device),
+            batch_tokens=batch_tokens,
+        )
+        scores: dict[int, RolloutScores] = {}
+        for index, score in engine.score(rollouts, encoding.k_max):
+            scores[index] = score
+            if on_progress is not None:
+                on_progress(len(scorings) * len(rollouts) + len(scores), 2 * len(rollouts))
+        scorings.append([scores[index] for index in range(len(rollouts))])
+        del engine
+    noise = max(
+        (_largest(np.abs(a.sampled_logprobs - b.sampled_logprobs)) for a, b in zip(*scorings, strict=True)), default=0.0
+    )
+    tolerance = max(_NOISE_FACTOR * noise, _LEAST_NOISE)
+    findings, largest = [], 0.0
+    for index, one, score in zip(chosen, stored, scorings[0], strict=True):
+        excess = np.maximum(
+            _excess(one.sampled_logprobs, score.sampled_logprobs, encoding.sampled_grid),
+            _topk_excess(one, score, encoding.topk_grid),
+        )
+        largest = max(largest, _largest(excess))
+        if len(excess) and not excess.max() <= tolerance:
+            position = int(np.argmax(excess))
+            findings.append(
+                finding(
+                    "A090",
+                    f"rollout {index}",
+                    f"position {position}: the teacher says another log-prob than the stored one",
+                    f"a difference of at most {tolerance:.2g} nat beyond the rounding",
+                    f"{excess[position]:.2g} nat",
+                )
+            )
+    return Rescored(rollouts=tuple(chosen), noise=noise, difference=largest, findings=tuple(findings))
+
+
+def _check_teacher(artifact: Artifact, teacher: str | Path) -> None:
+    wanted, found = artifact.manifest.inputs.teacher, identify(teacher)
+    if differences := wanted.differences(found):
+        raise InputError(
+            f"`{teacher}` is not the teacher of this artifact",
+            expected=f"{wanted.name}, weights {wanted.weights}",
+            actual=f"{found.name}, which differs in {', '.join(differences)}",
+        )
+
+
+def _rollout(stored: StoredRollout) -> Rollout:
+    return Rollout(
+        prompt_ids=stored.prompt_ids,
+        response_ids=stored.response_ids,
+        loss_mask=stored.loss_mask,
+        logprobs=None,
+        prompt=None,
+        response=None,
+        finish_reason=None,
+    )
+
+
+def _excess(
+    stored: npt.NDArray[np.float32], live: npt.NDArray[np.float32], grid: Grid | None
+) -> npt.NDArray[np.float32]:
+    """How much further than rounding explains stored log-probs are from live ones, in nats."""
+    half = 0 if grid is None else grid.half_steps[grid.to_codes(stored)]
+    with np.errstate(invalid="ignore"):
+        difference = np.where(stored == live, 0, np.abs(stored - live))  # -inf is -inf
+    return np.asarray(np.maximum(difference - half, 0), np.float32)
+
+
+def _topk_excess(stored: StoredRollout, score: RolloutScores, grid: Grid | None) -> npt.NDArray[np.float32]:
+    """The largest excess among the entries of each position; an id not likely now counts by the least likely one."""
+    excess = np.zeros(len(stored.response_ids), np.float32)
+    topk = stored.topk
+    if topk is None or not len(topk.ids):
+        return excess
+    rows = topk.positions
+    ids, logprobs = score.candidates.ids[rows], score.candidates.logprobs[rows]  # [entries, columns]
+    same = ids == topk.ids[:, None]
+    found = same.any(axis=1)
+    live = np.where(same, logprobs, -np.inf).max(axis=1)
+    live[~found] = np.minimum(topk.logprobs, logprobs.min(axis=1))[~found]
+    np.maximum.at(excess, rows, _excess(topk.logprobs, live, grid))
+    return excess
+
+
+def _largest(values: npt.NDArray[np.float32]) -> float:
+    return float(values.max(initial=0))

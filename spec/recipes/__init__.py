@@ -1,0 +1,1 @@
+"""How the conformance vectors are made: `artifact` has the means, `valid` and `invalid` the recipes."""

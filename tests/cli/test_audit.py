@@ -1,0 +1,35 @@
+"""`lopd-store audit` as a user runs it: a verdict in words, the numbers in JSON, an exit code for scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import run_command
+
+
+def test_text_of_the_model_is_consistent_and_leaves_with_zero(teacher_dir: Path, sft_file: Path) -> None:
+    ran = run_command("lopd-store", "audit", "--model", teacher_dir, "--data", sft_file)
+    assert (ran.code, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("verdict    consistent with samples of teacher\n")
+    assert "nat per token  (95 %: " in ran.stdout and "temperature 1, top-p 1" in ran.stdout
+
+
+def test_text_of_another_model_leaves_with_one(student_dir: Path, sft_file: Path) -> None:
+    ran = run_command("lopd-store", "audit", "--model", student_dir, "--data", sft_file, "--json")
+    assert ran.code == 1 and ran.json["verdict"] == "inconsistent"
+    assert ran.json["z"] < -4 and ran.json["interval"][1] < 0 and len(ran.json["most_unusual"]) == 10
+
+
+def test_too_little_text_leaves_with_three(teacher_dir: Path, sft_file: Path) -> None:
+    ran = run_command("lopd-store", "audit", "--model", teacher_dir, "--data", sft_file, "--limit", 1)
+    assert ran.code == 3 and "too little" in ran.stdout
+
+
+@pytest.mark.parametrize("options", [("--top-p", 0), ("--temperature", -1)])
+def test_sampling_parameters_out_of_range_are_a_usage_error(
+    teacher_dir: Path, sft_file: Path, options: tuple[str, float]
+) -> None:
+    ran = run_command("lopd-store", "audit", "--model", teacher_dir, "--data", sft_file, *options)
+    assert ran.code == 2 and "sampling parameters are out of range" in ran.stderr
