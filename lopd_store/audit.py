@@ -179,14 +179,35 @@ def audit(
 
 def score_and_variance(
     logits: torch.Tensor,  # [positions, vocabulary], of the ids that can be drawn
-    targets: torch.Tensor,  # [positions]
+    targets: torch.Tensor,  # [positions] or [positions, several]
     temperature: float,
     top_p: float,
 ) -> dict[str, np.ndarray]:
-    """`score` log p(x) + H and `variance` of each position in nats, float64; a score of -inf is an impossible token.
+    """`score` log p(x) + H of each target and `variance` of each position in nats, float64.
 
-    The distribution is cut to top-p as the sampler cuts it: the likeliest tokens until their mass reaches top-p, the
-    one that reaches it included. At temperature 0 all mass is on the likeliest token.
+    A score of -inf is an impossible token.
+    """
+    import torch
+
+    logprobs = sampling_logprobs(logits, temperature, top_p)
+    mass = logprobs.exp()
+    finite = torch.where(mass > 0, logprobs, 0.0)
+    entropy = -(mass * finite).sum(dim=-1)
+    variance = (mass * finite.square()).sum(dim=-1) - entropy.square()
+    several = targets.reshape(len(targets), -1)
+    score = (logprobs.gather(1, several) + entropy[:, None]).reshape(targets.shape)
+    return {"score": score.cpu().numpy(), "variance": variance.clamp(min=0).cpu().numpy()}
+
+
+def sampling_logprobs(
+    logits: torch.Tensor,  # [positions, vocabulary]
+    temperature: float,
+    top_p: float,
+) -> torch.Tensor:
+    """Log-probs of the distribution that a sampler draws from, float64; -inf for what it never draws.
+
+    It is cut to top-p as the sampler cuts it: the likeliest tokens until their mass reaches top-p, the one that reaches
+    it included. At temperature 0 all mass is on the likeliest token.
     """
     import torch
 
@@ -200,12 +221,7 @@ def score_and_variance(
         mass = ordered.exp()
         outside = mass.cumsum(dim=-1) - mass >= top_p
         logprobs = logprobs.scatter(1, order, ordered.masked_fill(outside, -torch.inf)).log_softmax(dim=-1)
-    mass = logprobs.exp()
-    finite = torch.where(mass > 0, logprobs, 0.0)
-    entropy = -(mass * finite).sum(dim=-1)
-    variance = (mass * finite.square()).sum(dim=-1) - entropy.square()
-    score = logprobs.gather(1, targets[:, None])[:, 0] + entropy
-    return {"score": score.cpu().numpy(), "variance": variance.clamp(min=0).cpu().numpy()}
+    return logprobs
 
 
 def add_up(statistics: Sequence[Statistic]) -> Statistic:

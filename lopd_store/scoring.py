@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lopd_store.part import Part, read_part, rollouts_file, round_part, tokens_f
 from lopd_store.plan import Plan
 from lopd_store.rollouts import Rollout, RolloutsFile
 from lopd_store.teachers import RolloutScores, Teacher
+from lopd_store.topk import TopK
 
 DONE = "done"
 
@@ -144,7 +145,9 @@ def _reference_logprobs(rollouts: list[Rollout]) -> Any:
 
 def _check_written(part: Part, read: Part) -> None:
     """The writer's own check: what was written decodes to what was meant."""
-    for wanted, found in ((vars(part), vars(read)), (vars(part.topk), vars(read.topk))):
-        for name, values in wanted.items():
-            if isinstance(values, np.ndarray):
-                assert np.array_equal(values, found[name]), name
+    assert part.topk is not None and read.topk is not None
+    pairs: list[tuple[object, object, str]] = [(part, read, field.name) for field in fields(Part)]
+    pairs += [(part.topk, read.topk, field.name) for field in fields(TopK)]
+    for wanted, found, name in pairs:
+        values = getattr(wanted, name)
+        assert not isinstance(values, np.ndarray) or np.array_equal(values, getattr(found, name)), name

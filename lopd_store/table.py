@@ -17,8 +17,8 @@ from lopd_store.errors import ArtifactError
 LENGTHS = ("prompt_length", "response_length")
 TEXT = ("prompt", "response")
 MAX_FOOTER_BYTES = 4 << 20  # of a million rollouts it has about half a megabyte
+MAX_DEPTH = 16  # of the metadata
 _MARK = b"PAR1"
-_MAX_DEPTH = 16  # of the metadata
 _INT32, _REQUIRED, _UNCOMPRESSED, _PLAIN, _DATA_PAGE = 1, 0, 0, 0, 0
 
 Ints = npt.NDArray[np.int32]
@@ -98,7 +98,7 @@ class _Thrift:
         return fields
 
     def _value(self, kind: int, depth: int) -> Any:
-        if depth > _MAX_DEPTH:
+        if depth > MAX_DEPTH:
             raise ValueError("its metadata is nested too deep")
         match kind:
             case 1 | 2 | 3:

@@ -283,7 +283,7 @@ def _check_table(data: bytes | memoryview, tokens: Arrays, text: bool, where: st
     for got, wanted in zip(lengths.values(), (prompts, np.diff(tokens["rollout_offsets"]) - prompts), strict=True):
         if len(got) != len(wanted):
             yield finding("A071", where, "there is not one row per rollout", len(wanted), len(got))
-            break
+            return
         if not np.array_equal(got, wanted):
             yield finding("A071", where, "the lengths in the rollouts table are not those of the token ids")
             break

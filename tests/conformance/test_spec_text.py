@@ -230,7 +230,7 @@ def test_the_limits_of_the_text_are_those_of_the_library() -> None:
         f"{encodings.K_LIMIT:,}; {grid.MAX_SEGMENTS}; {grid.LAST_LEVEL + 1:,}",
         "2^31 - 1",
         f"{powers[container.MAX_VALUES]}; {powers[container.CHUNK]}",
-        f"{powers[parquet.MAX_LIST]}; {powers[parquet.MAX_STRING_BYTES]}; {parquet.MAX_DEPTH}",
+        f"{parquet.MAX_FOOTER_BYTES >> 20} MiB; {parquet.MAX_DEPTH}",
     ]
 
 
