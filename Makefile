@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint format types vectors bench-format clean
+.PHONY: demo test lint format types vectors bench-format bench-audit clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -29,6 +29,9 @@ vectors: .venv/installed
 # `make bench-format DISTILLKIT=path/to/DistillKit` measures DistillKit's own codec in the same run.
 bench-format: .venv/installed
 	$(BIN)/python benchmarks/format.py $(if $(DISTILLKIT),--distillkit $(DISTILLKIT))
+
+bench-audit: .venv/installed
+	$(BIN)/python benchmarks/audit.py
 
 # torch first and pinned: an unpinned one may bring gigabytes for an accelerator that is not there.
 # The two packages of the demo carry a model and prompts; what they depend on is not needed.

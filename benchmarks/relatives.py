@@ -8,13 +8,14 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distributions import MODEL, PROBLEMS, SAMPLED_PROBLEMS, SAMPLED_TOKENS, packaged, say, scored, write_prompts
+from distributions import MODEL, PROBLEMS, SAMPLED_PROBLEMS, SAMPLED_TOKENS, packaged, say, write_prompts
 
 LAYERS = 24  # of the teacher's 30
 SFT_STEPS, SFT_BATCH, SFT_PROBLEMS = 50, 2, 50
@@ -76,47 +77,40 @@ def between(cache: Path, share: float) -> Iterator[Path]:
     model, other = (models.load_model(models.find(path)) for path in (teacher(cache), fine_tuned(cache)))
     for weight, towards in zip(model.parameters(), other.parameters(), strict=True):
         weight.data.lerp_(towards.data, share)
-    path = cache / "between"
-    _save(model, path)
-    del model, other
-    yield path
-    shutil.rmtree(path)
+    with tempfile.TemporaryDirectory(dir=cache) as path:
+        _save(model, Path(path))
+        del model, other
+        yield Path(path)
 
 
-def own_text(cache: Path) -> Path:
-    """Answers that the teacher sampled at temperature 1; those that the benchmark of the format reads, too."""
-    scored(cache.parent)
-    return cache.parent / "answers.parquet"
-
-
-def cool_text(cache: Path) -> Path:
-    """Answers of the teacher to the same prompts, sampled at a lower temperature."""
+def own_text(cache: Path, temperature: float = 1.0) -> Path:
+    """Answers that the teacher sampled."""
     import lopd_store
 
-    path = cache / "cool.parquet"
+    path = cache / f"own-{temperature:g}.parquet"
     if not path.is_file():
-        say(f"sampling answers at temperature {COOL}")
+        say(f"sampling answers at temperature {temperature:g}")
         lopd_store.generate(
             model=teacher(cache),
             prompts=write_prompts(cache / "prompts.jsonl", _problems()[:SAMPLED_PROBLEMS]),
             output=path,
-            temperature=COOL,
+            temperature=temperature,
             max_response_tokens=SAMPLED_TOKENS,
             batch_size=32,
         )
     return path
 
 
-def human_text(cache: Path) -> Path:
-    """The canonical solutions to the same prompts."""
-    path = cache / "human.parquet"
+def human_text(cache: Path, *, bodies_only: bool = False) -> Path:
+    """The canonical solutions to the same prompts: whole functions, or only their bodies counted."""
+    path = cache / ("human-bodies.parquet" if bodies_only else "human.parquet")
     if not path.is_file():
-        _write_solutions(path, _problems()[:SAMPLED_PROBLEMS])
+        _write_solutions(path, _problems()[:SAMPLED_PROBLEMS], bodies_only=bodies_only)
     return path
 
 
-def _write_solutions(path: Path, problems: list[dict[str, Any]]) -> None:
-    """Rollouts of human text, which no model sampled."""
+def _write_solutions(path: Path, problems: list[dict[str, Any]], *, bodies_only: bool = False) -> None:
+    """Rollouts of human text, which no model sampled; the loss mask says what of it counts."""
     from lopd_store import models
     from lopd_store.prompts import read_prompts
     from lopd_store.rollouts import write_rollouts
@@ -125,9 +119,11 @@ def _write_solutions(path: Path, problems: list[dict[str, Any]]) -> None:
     prompts = read_prompts(write_prompts(path.with_suffix(".jsonl"), problems), tokenizer)
     rows = []
     for problem, prompt in zip(problems, prompts, strict=True):
-        text = f"```python\n{problem['prompt']}{problem['canonical_solution']}```"
-        ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
-        rows.append({"prompt_ids": prompt.ids, "response_ids": ids, "loss_mask": [True] * len(ids)})
+        header = f"```python\n{problem['prompt']}"
+        found = tokenizer(f"{header}{problem['canonical_solution']}```", return_offsets_mapping=True)
+        mask = [not bodies_only or end > len(header) for _, end in found.offset_mapping]
+        ids = [*found.input_ids, tokenizer.eos_token_id]
+        rows.append({"prompt_ids": prompt.ids, "response_ids": ids, "loss_mask": [*mask, True]})
     write_rollouts(path, rows, None)
 
 

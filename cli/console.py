@@ -19,6 +19,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+from rich.tree import Tree
 from typer.exceptions import TyperException
 
 import lopd_store
@@ -26,6 +28,7 @@ from lopd_store.errors import InputError, LopdError
 
 _INTERRUPTED = 130
 _LINE_EVERY_SECONDS = 30.0
+_ANY_WIDTH = 100_000  # lines are as long as they need to be
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -85,6 +88,14 @@ def table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = ()) -> No
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def chain(links: Sequence[Sequence[str]]) -> None:
+    """Things that each came of the one before, some lines each, on stdout as a tree."""
+    root = at = Tree("", hide_root=True)
+    for lines in links:
+        at = at.add(Text("\n".join(_printable(line, "") for line in lines)))
+    Console(file=sys.stdout, width=_ANY_WIDTH, highlight=False).print(root)
 
 
 class Meter:

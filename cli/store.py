@@ -13,7 +13,8 @@ from lopd_store import gate, layout
 from lopd_store.errors import ConsistencyError, InputError
 from lopd_store.reader import Artifact
 
-from . import console
+from . import console, record, sign
+from .lineage import show as show_lineage
 
 app = typer.Typer(
     help="Teacher log-probs as a training artifact: make it, check it, share it.",
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(record.app, name="record")
+app.add_typer(sign.app)
 
 
 class Dtype(StrEnum):
@@ -54,6 +57,9 @@ Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 _MODEL_HELP = "A directory of safetensors, a GGUF file, a PEFT adapter, or a Hub id."
 ModelOption = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL_HELP)]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's directory.")]
+SignedByOption = Annotated[
+    str | None, typer.Option(metavar="KEY", help="Only if this public key, or the one in this file, has signed it.")
+]
 RepositoryArgument = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A dataset repository on the Hub.")]
 DtypeOption = Annotated[Dtype, typer.Option(metavar="DTYPE", help=_choices(Dtype), rich_help_panel=RUNNING)]
 DeviceOption = Annotated[
@@ -202,6 +208,7 @@ def verify(
     artifact: ArtifactArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Sizes and xxh3 only.")] = False,
     student: Annotated[str | None, typer.Option(metavar="MODEL", help="Also ask the gate about this student.")] = None,
+    signed_by: SignedByOption = None,
     rescore: Annotated[int, typer.Option(metavar="N", min=0, help="Also score this many random rollouts again.")] = 0,
     teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The teacher, for --rescore.")] = None,
     json: Json = False,
@@ -216,6 +223,7 @@ def verify(
             artifact,
             quick=quick,
             student=identity,
+            signed_by=signed_by,
             rescore=rescore,
             teacher=teacher,
             on_bytes=meter.update,
@@ -225,6 +233,7 @@ def verify(
         console.answer(report.to_json())
     elif report.ok:
         depth = ("sizes and xxh3 only, " if quick else "") + ("a partial copy, " if report.partial else "")
+        depth += "" if signed_by is None else f"signed by {signed_by}, "
         if report.rescored is not None:
             depth += f"{len(report.rescored.rollouts)} rollouts scored again, "
         console.say(f"ok: {artifact}, {report.files} files, {report.bytes:,} bytes, {depth}{report.fingerprint}")
@@ -241,9 +250,17 @@ def inspect(
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Whose tokenizer turns ids into text, for --rollout.")
     ] = None,
+    lineage: Annotated[
+        bool, typer.Option("--lineage", help="Draw the chain from the SFT teacher to an artifact or a checkpoint.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show what is in an artifact and where it came from."""
+    if lineage:
+        if rollout is not None or model is not None:
+            raise InputError("`--lineage` goes with neither `--rollout` nor `--model`")
+        show_lineage(artifact, json=json)
+        return
     if model is not None and rollout is None:
         raise InputError("`--model` goes with `--rollout`", hint=f"lopd-store inspect {artifact} --rollout 0")
     opened = lopd_store.open(artifact)
@@ -352,12 +369,18 @@ def pull(
         str | None, typer.Option(metavar="SHA256", help="Accept this artifact and no other.")
     ] = None,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="A tag, branch or commit.")] = None,
+    signed_by: SignedByOption = None,
     json: Json = False,
 ) -> None:
     """Download an artifact from the Hub and verify it."""
     with console.progress("verify", "bytes", at_once=False) as meter:
         artifact = lopd_store.pull(
-            repository, output=output, fingerprint=fingerprint, revision=revision, on_bytes=meter.update
+            repository,
+            output=output,
+            fingerprint=fingerprint,
+            revision=revision,
+            signed_by=signed_by,
+            on_bytes=meter.update,
         )
     _answer(artifact, json)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lopd_store.audit import audit
 from lopd_store.errors import ArtifactError, ConsistencyError, DataError, InputError, LopdError, UnavailableError
 from lopd_store.reader import Artifact, open
+from lopd_store.signatures import sign
 from lopd_store.subset import subset
 from lopd_store.verifier import Report, verify
 
@@ -43,6 +44,7 @@ __all__ = [
     "open",
     "pull",
     "push",
+    "sign",
     "subset",
     "verify",
 ]

@@ -19,10 +19,9 @@ from lopd_store.errors import ArtifactError, LopdError
 from lopd_store.grid import IMPOSSIBLE, LAST_LEVEL, Grid
 from lopd_store.lookup import lookup
 from lopd_store.manifest import Counts
+from lopd_store.screen import POSITIONS, Screen
 
 _SLACK = 1e-4  # float32 sums over k + 1 terms
-_AT_ONCE = 1 << 12  # positions
-_SMALL_ID_BITS = 20  # with which the number of such a position fits 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +117,10 @@ def check_topk(
 
 @dataclass(frozen=True, kw_only=True)
 class _Positions:
-    """Some positions in a row, each with at least one entry, for the checks that follow."""
+    """Some positions, each with at least one entry, for the checks that follow."""
 
-    first: int
-    entries: slice  # of the part
+    numbers: npt.NDArray[np.int64]  # of the positions in the part
+    entries: npt.NDArray[np.int64]  # of the entries in the part
     counts: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]  # of each position's entries, from 0
     logprobs: npt.NDArray[Any]  # as stored; [entries]
@@ -143,33 +142,51 @@ def _check_positions(tokens: Arrays, topk: Arrays, encoding: Encoding, where: st
         for code, failed, message, expected in _rules(some, encoding, values, topk):
             if code not in reported and failed.any():
                 reported.add(code)
-                at = some.first + int(np.argmax(failed))
+                at = some.numbers[np.argmax(failed)]
                 yield finding(code, where, f"position {at}: {message}", expected)
 
 
 def _walk(tokens: Arrays, topk: Arrays, encoding: Encoding, values: _Values) -> Iterator[_Positions]:
+    """The positions that a quick look leaves in doubt, some at a time."""
     ks = topk["counts"].astype(np.int64)
     ends = np.cumsum(ks)
     table = np.concatenate([np.zeros(1, np.uint32), topk["id_table"]])
     response_ids = tokens["token_ids"][_is_response(tokens)]
     sampled_values = _Values(encoding.sampled_grid)
-    for first in range(0, len(ks), _AT_ONCE):
-        some = slice(first, first + _AT_ONCE)
-        counts = ks[some]
-        begin = int(ends[first] - ks[first])
-        entries = slice(begin, int(ends[some][-1]))
+    known = Screen.knows(topk["id_table"], topk["logprobs"], encoding) and len(np.unique(table[1:])) == len(table) - 1
+    screen = Screen(topk["id_table"], encoding) if known else None
+    for first in range(0, len(ks), POSITIONS):
+        some = slice(first, first + POSITIONS)
+        counts, begin = ks[some], int(ends[first] - ks[first])
+        here = slice(begin, int(ends[some][-1]))
+        doubt = np.ones(len(counts), np.bool_)
+        if screen is not None:
+            doubt = screen.doubtful(
+                counts,
+                ends[some] - counts - begin,
+                topk["logprobs"][here],
+                topk["ids"][here],
+                response_ids[some],
+                tokens["sampled_logprobs"][some],
+                topk["tail_logprobs"][some],
+            )
+            if not doubt.any():
+                continue
+        numbers = np.flatnonzero(doubt) + first
+        counts = ks[numbers]
+        starts = np.cumsum(counts) - counts
+        entries = np.arange(counts.sum()) + np.repeat(ends[numbers] - counts - starts, counts)
         position = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
-        rows = topk["ids"][entries]
+        rows, responses = topk["ids"][entries], response_ids[numbers]
         ids = lookup(table, rows)
-        responses = response_ids[some]
         places = np.flatnonzero(rows == RESPONSE_TOKEN)
         ids[places] = responses[position[places]]
-        stored, tail = tokens["sampled_logprobs"][some], topk["tail_logprobs"][some]
+        stored, tail = tokens["sampled_logprobs"][numbers], topk["tail_logprobs"][numbers]
         yield _Positions(
-            first=first,
+            numbers=numbers,
             entries=entries,
             counts=counts,
-            starts=ends[some] - counts - begin,
+            starts=starts,
             logprobs=topk["logprobs"][entries],
             rows=rows,
             ids=ids,
@@ -199,13 +216,10 @@ def _rules(
     wrong[some.starts] = False
     yield "A061", of(wrong), "entries are not in order", "log-prob descending, then id ascending"
 
-    small = int(some.ids.max(initial=0)) < 1 << _SMALL_ID_BITS
-    keys: npt.NDArray[Any] = some.position.astype(np.uint32 if small else np.uint64)
-    keys <<= _SMALL_ID_BITS if small else 32
-    keys |= some.ids
+    keys = (some.position.astype(np.uint64) << np.uint64(32)) | some.ids
     keys.sort()
     twice = np.zeros(size, np.bool_)
-    twice[(keys[1:][keys[1:] == keys[:-1]] >> (_SMALL_ID_BITS if small else 32)).astype(np.int64)] = True
+    twice[(keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)).astype(np.int64)] = True
     yield "A062", twice, "an id stands twice", None
 
     is_response = some.rows == RESPONSE_TOKEN
@@ -243,7 +257,7 @@ def _rules(
         yield "A066", short, "there are fewer entries than `k_max`", encoding.k_max
     if "reference_logprobs" in topk:
         low, high = values.masses(topk["reference_logprobs"][some.entries], some.starts)
-        tail = topk["reference_tail_logprobs"][some.first : some.first + size]
+        tail = topk["reference_tail_logprobs"][some.numbers]
         tail, half = values.logprobs(tail), values.halves(tail)
         unequal = (low + np.exp(tail - half) > 1 + _SLACK) | (high + np.exp(tail + half) < 1 - _SLACK)
         yield "A068", unequal, "the reference log-probs and their tail do not sum to one", None
@@ -302,7 +316,7 @@ def _check_logprobs(
 
 
 def _is_response(tokens: Arrays) -> npt.NDArray[np.bool_]:
-    offsets, prompts = tokens["rollout_offsets"], tokens["prompt_lengths"]
-    within = np.arange(len(tokens["token_ids"])) - np.repeat(offsets[:-1], np.diff(offsets))
-    mask: npt.NDArray[np.bool_] = within >= np.repeat(prompts, np.diff(offsets))
-    return mask
+    """Which tokens are positions; [tokens]."""
+    prompts = tokens["prompt_lengths"].astype(np.int64)
+    halves = np.stack([prompts, np.diff(tokens["rollout_offsets"]) - prompts], axis=1)  # [rollouts, 2]
+    return np.repeat(np.tile([False, True], len(prompts)), halves.ravel())

@@ -101,7 +101,7 @@ def _teacher(inputs: Inputs) -> Finding | None:
 
 
 def _student(inputs: Inputs, student: ModelIdentity) -> Finding | None:
-    if inputs.rollouts is None:
+    if inputs.rollouts is None or inputs.rollouts.status == "unknown":
         return Finding(
             subject="student",
             state="unknown",

@@ -14,10 +14,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lopd_store import layout
+from lopd_store import layout, signatures
 from lopd_store.card import UNNAMED, tag_of
 from lopd_store.digest import is_digest
 from lopd_store.durable import sync_directory
@@ -28,7 +29,7 @@ from lopd_store.verifier import verify
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # A repository may hold more, and paths that climb; nothing else is downloaded.
 _PART_FILES = [layout.part_file(0, kind).replace("00000", "[0-9]" * 5) for kind in layout.FILE_KINDS]
-_PULLED = [layout.MANIFEST, layout.BUILD_RECORD, layout.CARD, *_PART_FILES]
+_PULLED = [layout.MANIFEST, layout.BUILD_RECORD, layout.CARD, layout.SIGNATURES, *_PART_FILES]
 _CLIENT_NOTES = ".cache"  # where the client keeps what it knows of a download in progress
 _SOURCE = f"{_CLIENT_NOTES}/lopd-source"
 
@@ -82,12 +83,17 @@ def push(
             repo_type="dataset",
             operations=[
                 CommitOperationAdd(path_in_repo=name, path_or_fileobj=_content(directory / name, repository))
-                for name in (layout.BUILD_RECORD, layout.CARD, layout.MANIFEST)
-                if (directory / name).is_file()
+                for name in (layout.BUILD_RECORD, layout.CARD, layout.SIGNATURES, layout.MANIFEST)
+                if (directory / name).is_file() and not (directory / name).is_symlink()
             ],
             commit_message=f"Add the manifest of {tag}",
         )
         api.create_tag(repository, repo_type="dataset", tag=tag, revision=commit.oid, exist_ok=True)
+        signed = (directory / layout.SIGNATURES).is_file()
+        if signed and api.dataset_info(repository, revision=tag).sha != commit.oid:
+            # Pushed before, and signed since: the tag moves to where the same artifact has its signatures.
+            api.delete_tag(repository, repo_type="dataset", tag=tag)
+            api.create_tag(repository, repo_type="dataset", tag=tag, revision=commit.oid)
     return Pushed(repository=repository, tag=tag, fingerprint=artifact.fingerprint, url=f"{url}/tree/{tag}")
 
 
@@ -97,13 +103,14 @@ def pull(
     output: str | Path,
     fingerprint: str | None = None,
     revision: str | None = None,
+    signed_by: str | Path | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> Artifact:
     """Download an artifact, verify it, and only then let it appear at `output`.
 
-    Given a fingerprint, its tag is fetched and any other artifact refused, before its parts are downloaded. Until it
-    is verified the artifact lies in `output.pulling`, where an interrupted pull goes on. `on_bytes` hears the
-    verification.
+    Given a fingerprint, its tag is fetched and any other artifact refused, before its parts are downloaded; given a
+    public key or its file as `signed_by`, likewise one that the key has not signed. Until the artifact is verified it
+    lies in `output.pulling`, where an interrupted pull goes on. `on_bytes` hears the verification.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -115,17 +122,20 @@ def pull(
         raise InputError("`fingerprint` is not one", expected="sha256:<64 lowercase hex>", actual=fingerprint[:100])
     if fingerprint is not None and revision is None:
         revision = tag_of(fingerprint)
+    signer = None if signed_by is None else signatures.read_public_key(signed_by)
     pulling = output.with_name(output.name + layout.PULLING_SUFFIX)
     with _removing_what_is_wrong(pulling, repository):
         with _hub_errors(repository, revision):
             commit = HfApi().dataset_info(repository, revision=revision).sha
             _start_or_resume(pulling, source=f"{repository}@{commit}")
             hf_hub_download(repository, layout.MANIFEST, repo_type="dataset", revision=commit, local_dir=pulling)
-            _check_fingerprint(pulling, repository, fingerprint)
-            snapshot_download(
-                repository, repo_type="dataset", revision=commit, local_dir=pulling, allow_patterns=_PULLED
-            )
-        verify(pulling, on_bytes=on_bytes).require_ok()
+            found = _check_fingerprint(pulling, repository, fingerprint)
+            fetch = partial(snapshot_download, repository, repo_type="dataset", revision=commit, local_dir=pulling)
+            if signer is not None:
+                fetch(allow_patterns=layout.SIGNATURES)
+                signatures.require(signatures.read(pulling), found, signer)
+            fetch(allow_patterns=_PULLED)
+        verify(pulling, signed_by=signer, on_bytes=on_bytes).require_ok()
     shutil.rmtree(pulling / _CLIENT_NOTES)
     pulling.rename(output)
     sync_directory(output.parent)
@@ -149,11 +159,12 @@ def _start_or_resume(pulling: Path, *, source: str) -> None:
     note.write_text(source, encoding="utf-8")
 
 
-def _check_fingerprint(pulling: Path, repository: str, fingerprint: str | None) -> None:
-    """Refuse what is no artifact, and any other than the one that is wanted."""
+def _check_fingerprint(pulling: Path, repository: str, fingerprint: str | None) -> str:
+    """The fingerprint; refuses what is no artifact, and any other than the one that is wanted."""
     actual = open(pulling).fingerprint
     if fingerprint not in (None, actual):
         raise ArtifactError(f"`{repository}` holds another artifact", expected=fingerprint, actual=actual)
+    return actual
 
 
 @contextmanager

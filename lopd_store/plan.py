@@ -17,7 +17,14 @@ from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
 from lopd_store.manifest import Inputs, Scoring
 from lopd_store.models import PROVENANCE_FILE, pick_device
-from lopd_store.provenance import SftProvenance, declared, parse_checkpoint_record, sft_of_data, sft_of_policy
+from lopd_store.provenance import (
+    SftProvenance,
+    declared,
+    parse_checkpoint_record,
+    sft_of_checkpoint,
+    sft_of_data,
+    sft_of_policy,
+)
 from lopd_store.rollouts import RolloutsFile
 
 MAX_PART_POSITIONS = 1 << 20
@@ -151,7 +158,7 @@ def read_sft(path: Path, policy: ModelIdentity | None) -> SftProvenance:
         return declared(sft_of_data(file.record, file.digest()))
     record = parse_checkpoint_record(path.read_bytes(), where=str(path))
     if policy is None:
-        return declared(record.sft)
+        return declared(sft_of_checkpoint(record))
     if differences := record.model.differences(policy):
         raise InputError(
             f"`--sft {path}` is the record of another checkpoint than the policy that sampled the rollouts",
@@ -159,7 +166,7 @@ def read_sft(path: Path, policy: ModelIdentity | None) -> SftProvenance:
             actual=f"{record.model.name}, which differs in {', '.join(differences)}",
             hint="name the checkpoint that sampled the rollouts, or the SFT data that it was trained on",
         )
-    return record.sft
+    return sft_of_checkpoint(record)
 
 
 def _sft_provenance(file: RolloutsFile, sft: Path | None) -> SftProvenance:
@@ -174,7 +181,10 @@ def _sft_provenance(file: RolloutsFile, sft: Path | None) -> SftProvenance:
             actual=f"{named.teacher.name}, which differs in {', '.join(differences)}",
             hint="leave `--sft` out: the rollouts carry the record of their policy",
         )
-    return named if carried.teacher is None else carried
+    if carried.teacher is not None:
+        return carried
+    is_recorded = file.record is not None and file.record.status == "recorded"
+    return named if is_recorded else declared(named)  # of a policy that only a person's word ties to these rollouts
 
 
 def _check_tokenizer(file: RolloutsFile, teacher: ModelIdentity) -> None:

@@ -4,7 +4,8 @@
       -> SFT checkpoint (a `checkpoint` record, lopd-provenance.json beside the weights)
         -> rollouts (a `rollouts` record in the Parquet schema) -> artifact (its manifest's `inputs`)
 
-A record says what its tool saw (`recorded`) or what a person claims (`declared`); the two are never mixed.
+A record says what its tool saw (`recorded`) or what a person claims (`declared`); what rests on a declared record is
+declared, whatever our tools make of it.
 """
 
 from __future__ import annotations
@@ -178,11 +179,19 @@ UNKNOWN_SFT = SftProvenance(status="unknown", teacher=None, data=None)
 
 def sft_of_policy(record: RolloutsRecord | None) -> SftProvenance:
     """The SFT provenance that a rollouts record carries in its policy's checkpoint record, or unknown."""
-    if record is None or record.policy_checkpoint is None:
+    if record is None or record.status == "unknown" or record.policy_checkpoint is None:
         return UNKNOWN_SFT
     if record.policy_checkpoint.model.differences(record.policy):
         return UNKNOWN_SFT  # the record lay beside other weights than it speaks of
-    return record.policy_checkpoint.sft
+    sft = sft_of_checkpoint(record.policy_checkpoint)
+    return declared(sft) if record.status == "declared" else sft
+
+
+def sft_of_checkpoint(record: CheckpointRecord) -> SftProvenance:
+    """The SFT provenance that a checkpoint record carries: no better known than the record itself."""
+    if record.status == "unknown":
+        return UNKNOWN_SFT
+    return declared(record.sft) if record.status == "declared" else record.sft
 
 
 def sft_of_data(record: RolloutsRecord | None, digest: str) -> SftProvenance:

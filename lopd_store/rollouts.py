@@ -14,7 +14,8 @@ The same file is SFT data when a teacher wrote it. Columns:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,20 +71,23 @@ def write_rollouts(path: Path, rows: Iterable[Mapping[str, Any]], record: Rollou
     schema = SCHEMA
     if record is not None:
         schema = schema.with_metadata({METADATA_KEY: strictjson.canonical(record.to_json())})
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
-            group: list[Mapping[str, Any]] = []
-            for row in rows:
-                group.append(row)
-                if len(group) == ROWS_PER_GROUP:
-                    writer.write_table(pa.Table.from_pylist(group, schema=schema))
-                    group = []
-            if group:
+    with _writing(path, schema) as writer:
+        group: list[Mapping[str, Any]] = []
+        for row in rows:
+            group.append(row)
+            if len(group) == ROWS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+
+
+def read_record(path: Path) -> RolloutsRecord | None:
+    """The record in a Parquet file, whatever its columns are, or None where there is none."""
+    try:
+        return _record(pq.read_schema(path), path)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"`{path}` is not a Parquet file: {error}") from error
 
 
 class RolloutsFile:
@@ -108,11 +112,7 @@ class RolloutsFile:
         for name in SCHEMA.names:
             if name in self.columns:
                 _check_type(self._file.schema_arrow.field(name), f"`{path}`")
-        metadata = self._file.schema_arrow.metadata or {}
-        self.record: RolloutsRecord | None = None
-        if METADATA_KEY in metadata:
-            value = strictjson.loads(metadata[METADATA_KEY], where=f"{path}: schema metadata")
-            self.record = RolloutsRecord.from_json(value, where=self.path.name)
+        self.record = _record(self._file.schema_arrow, self.path)
 
     def __len__(self) -> int:
         return int(self._file.metadata.num_rows)
@@ -150,6 +150,22 @@ class RolloutsFile:
                 rows += self._rollouts(table, first + lower)
             first += count
         return rows
+
+    def batches(self) -> Iterator[list[Rollout]]:
+        """All rows in file order, a row group of ours at a time, however large those of the file are."""
+        names = [name for name in SCHEMA.names if name in self.columns]
+        first = 0
+        for batch in self._file.iter_batches(ROWS_PER_GROUP, columns=names):
+            yield self._rollouts(pa.Table.from_batches([batch]), first)
+            first += batch.num_rows
+
+    def copy(self, path: Path, record: RolloutsRecord) -> None:
+        """Write the same rows, every column of theirs, with this record; appears only when it is whole."""
+        schema = self._file.schema_arrow
+        metadata = {**(schema.metadata or {}), METADATA_KEY: strictjson.canonical(record.to_json())}
+        with _writing(path, schema.with_metadata(metadata)) as writer:
+            for batch in self._file.iter_batches(ROWS_PER_GROUP):
+                writer.write_batch(batch)
 
     def _lengths(self, column: str) -> npt.NDArray[np.int64]:
         import pyarrow.compute as pc
@@ -193,6 +209,26 @@ class RolloutsFile:
                 )
             )
         return rows
+
+
+@contextmanager
+def _writing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A file that gets its name only when it is whole."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+            yield writer
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _record(schema: pa.Schema, path: Path) -> RolloutsRecord | None:
+    metadata = schema.metadata or {}
+    if METADATA_KEY not in metadata:
+        return None
+    value = strictjson.loads(metadata[METADATA_KEY], where=f"{path}: schema metadata")
+    return RolloutsRecord.from_json(value, where=path.name)
 
 
 def _check_type(field: pa.Field, where: str) -> None:

@@ -75,7 +75,7 @@ def generate(
     record = RolloutsRecord(
         status="recorded",
         policy=policy,
-        policy_checkpoint=read_checkpoint_record(files.directory),
+        policy_checkpoint=read_checkpoint_record(files.adapter or files.directory),
         prompts=digest_file(prompts).sha256,
         sampling=sampling,
     )

@@ -53,8 +53,8 @@ def subset(
             if not (artifact.path / name).is_file():
                 raise ArtifactError(f"`{name}` is missing", hint=f"lopd-store verify {artifact.path}")
             _copy(artifact.path / name, copying / name)
-        for name in (layout.MANIFEST, layout.BUILD_RECORD, layout.CARD):
-            if (artifact.path / name).is_file():
+        for name in (layout.MANIFEST, layout.BUILD_RECORD, layout.CARD, layout.SIGNATURES):
+            if (artifact.path / name).is_file() and not (artifact.path / name).is_symlink():
                 shutil.copyfile(artifact.path / name, copying / name)
         if not chosen.is_whole(artifact.manifest):
             write_durably(copying / layout.VIEW, strictjson.pretty(chosen.to_json(artifact.fingerprint)))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from lopd_store import gate, layout, reader
+from lopd_store import gate, layout, reader, signatures
 from lopd_store import manifest as manifests
 from lopd_store.checks import Finding, check_tokens, check_topk, finding, finding_of
 from lopd_store.container import Arrays, Group
@@ -50,6 +50,7 @@ class Report:
     files: int
     bytes: int
     findings: tuple[Finding, ...]
+    signed_by: str | None = None  # the key whose signature was asked for
     rescored: Rescored | None = None  # where rollouts were scored again
 
     @property
@@ -67,6 +68,7 @@ class Report:
             "files": self.files,
             "bytes": self.bytes,
             "findings": [found.to_json() for found in self.findings],
+            "signed_by": self.signed_by,
             "rescored": None if self.rescored is None else self.rescored.to_json(),
         }
 
@@ -81,6 +83,7 @@ def verify(
     *,
     quick: bool = False,
     student: ModelIdentity | None = None,
+    signed_by: str | Path | None = None,
     rescore: int = 0,
     teacher: str | Path | None = None,
     threads: int | None = None,
@@ -89,7 +92,8 @@ def verify(
 ) -> Report:
     """Check an artifact: every byte, every structure, every value; `quick` checks sizes and xxh3 alone.
 
-    With a student, the gate's findings are reported too. With `rescore` that many rollouts of an artifact that is
+    With a student, the gate's findings are reported too. With `signed_by`, a public key or its file, there must be a
+    valid signature of the fingerprint by it. With `rescore` that many rollouts of an artifact that is
     right otherwise are scored again by the `teacher`. Parts are checked side by side in as many threads, one per
     processor where None is said, and each holds one part in memory. `on_bytes` hears (bytes read, bytes in all),
     `on_rollouts` the same of rollouts scored again. Raises InputError only where there is no directory to look at,
@@ -98,6 +102,9 @@ def verify(
     directory = Path(path)
     if bool(rescore) != (teacher is not None):
         raise InputError("`rescore` and `teacher` go together", hint="--rescore 8 --teacher MODEL")
+    if quick and signed_by is not None:  # who signs vouches for sha256, not for xxh3
+        raise InputError("a quick verification does not reach as far as a signature", hint="leave out `--quick`")
+    signer = None if signed_by is None else signatures.read_public_key(signed_by)
     if not directory.is_dir() or directory.name.endswith(layout.BUILDING_SUFFIX):
         raise layout.no_artifact(directory)
     file = directory / layout.MANIFEST
@@ -112,6 +119,7 @@ def verify(
             files=len(entries) + bool(data),
             bytes=sum(size for _, size in entries) + len(data),
             findings=findings,
+            signed_by=signer,
         )
 
     # A001: the manifest is there, a plain file.
@@ -141,6 +149,8 @@ def verify(
             findings += found
     if student is not None:
         findings += _check_gate(manifest, student)
+    if signer is not None:
+        findings += _check_signature(directory, digest_bytes(data), signer)
     whole = report(*findings, view=view, manifest=manifest)
     if not rescore or any(found.code != "A080" for found in findings):
         return whole
@@ -302,3 +312,11 @@ def _check_gate(manifest: Manifest, student: ModelIdentity) -> Iterator[Finding]
             gate.describe(found.expected, found.differences),
             gate.describe(found.actual, found.differences),
         )
+
+
+def _check_signature(directory: Path, fingerprint: str, signer: str) -> Iterator[Finding]:
+    """A100: signatures.json reads; A101: it has a valid signature of this fingerprint by the key."""
+    try:
+        signatures.require(signatures.read(directory), fingerprint, signer)
+    except ArtifactError as error:
+        yield finding_of(error, layout.SIGNATURES, "A100")

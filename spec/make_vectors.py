@@ -3,7 +3,7 @@
     python spec/make_vectors.py [DIRECTORY]        spec/vectors, where none is said; it is emptied first
 
 valid/SLUG is an artifact; invalid/CODE_SLUG/artifact is one that a verifier must refuse, and expected.json beside it
-says with which codes, given which student.
+says with which codes, given which student and which public key.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 
 from lopd_store import layout
 from lopd_store.identity import ModelIdentity
-from recipes import artifact, hostile_json, hostile_tables, hostile_values, hostile_zips
+from recipes import artifact, hostile_json, hostile_tables, hostile_values, hostile_zips, signatures
 from recipes.artifact import (
     REMOVED,
     Link,
@@ -39,16 +39,18 @@ class Vector:
     tree: Tree
     codes: tuple[str, ...]
     student: ModelIdentity | None = None  # to verify it for
+    signed_by: str | None = None  # the key to ask for
 
     def expected(self) -> dict[str, Any]:
         """What expected.json holds."""
-        return {"codes": list(self.codes), "student": None if self.student is None else self.student.to_json()}
+        expected = {"codes": list(self.codes), "student": None if self.student is None else self.student.to_json()}
+        return expected if self.signed_by is None else expected | {"signed_by": self.signed_by}
 
 
 def vectors() -> dict[str, Vector]:
     """Every vector by the name of its directory, CODE_SLUG."""
     found: dict[str, Vector] = {}
-    for recipes in (manifests, directories, views, documents, files, zips, values, tables, gates):
+    for recipes in (manifests, directories, views, documents, files, zips, values, tables, gates, signed):
         for code, slug, vector in recipes():
             assert f"{code}_{slug}" not in found and code in vector.codes
             found[f"{code}_{slug}"] = vector
@@ -213,3 +215,9 @@ def gates() -> Made:
     other_tokenizer = replace(student, tokenizer="sha256:" + 64 * "0")
     record = replace(policy, policy=other_tokenizer)
     yield one("A080", "another_tokenizer", tokens(rollouts=record, sft=taught), student=other_tokenizer)
+
+
+def signed() -> Made:
+    for code, trees in {"A100": signatures.malformed(), "A101": signatures.not_signed()}.items():
+        for slug, tree in trees.items():
+            yield code, slug, Vector(tree=tree, codes=(code,), signed_by=signatures.SIGNED_BY)

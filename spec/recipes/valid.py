@@ -15,6 +15,7 @@ from lopd_store.manifest import sealed
 from lopd_store.part import Part, round_part
 from lopd_store.provenance import CheckpointRecord
 from lopd_store.topk import TopK
+from recipes import signatures
 from recipes.artifact import (
     COMPACT,
     EXACT,
@@ -296,3 +297,8 @@ def higher_minor_version() -> Tree:
     for each in objects:
         each["later"] = 1
     return with_manifest(tree, sealed(manifest))
+
+
+@recipe
+def signed() -> Tree:
+    return signatures.signed(signatures.tokens_only(), signatures.OTHER, signatures.SIGNER)

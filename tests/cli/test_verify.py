@@ -54,7 +54,7 @@ def test_a_quick_verification_says_that_it_was_quick(sealed: Path) -> None:
 def test_the_same_facts_come_in_json(sealed: Path) -> None:
     ran = verify(sealed, "--json")
     assert (ran.code, ran.stderr) == (0, "")
-    facts = {"ok", "fingerprint", "quick", "partial", "files", "bytes", "findings", "rescored"}
+    facts = {"ok", "fingerprint", "quick", "partial", "files", "bytes", "findings", "signed_by", "rescored"}
     assert ran.json.keys() == facts
     assert (ran.json["ok"], ran.json["findings"]) == (True, [])
 

@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 
 import lopd_store
-from lopd_store import container, grid, identity, layout, rescore, strictjson, view
+from lopd_store import container, grid, identity, layout, rescore, signatures, strictjson, view
 from lopd_store import encoding as encodings
 from lopd_store import manifest as manifests
 from lopd_store import table as parquet
@@ -122,8 +122,22 @@ def test_the_objects_of_the_schema_have_the_members_of_the_tables() -> None:
         for table in tables()
         if "member" in table[0]
     }
-    for name in ("manifest", "inputs", "identity", "sft", "rollouts_record", "checkpoint_record"):
+    for name in ("manifest", "inputs", "identity", "sft", "rollouts_record", "checkpoint_record", "signature"):
         assert frozenset(SCHEMA["$defs"][name]["properties"]) in members, name
+
+
+def test_signatures_are_what_the_schema_and_the_text_say(tmp_path: Path) -> None:
+    vectors = SPEC / "vectors"
+    found = json.loads((vectors / "valid" / "signed" / layout.SIGNATURES).read_bytes())
+    validator("signatures").validate(found)
+    one = found[0]
+    members = [one[name].encode() + b"\n" for name in ("signed", "fingerprint")]
+    assert signatures.message(one["fingerprint"]) == b"".join(members)
+    malformed = sorted(vectors.glob("invalid/A100_*"))
+    for slug in ("key_with_a_comment", "unknown_member", "signature_too_short", "another_algorithm"):
+        (vector,) = (path for path in malformed if path.name == f"A100_{slug}")
+        value = json.loads((vector / "artifact" / layout.SIGNATURES).read_bytes())
+        assert not validator("signatures").is_valid(value)
 
 
 def test_the_default_encoding_is_that_of_the_text() -> None:
@@ -220,11 +234,11 @@ def test_manifest_fingerprint_and_view_of_the_example_are_those_of_the_text(writ
 
 def test_the_limits_of_the_text_are_those_of_the_library() -> None:
     (table,) = (table for table in tables() if "at most" in table[0])
-    mebibytes = manifests.MAX_MANIFEST_BYTES >> 20
+    mebibytes, kibibytes = manifests.MAX_MANIFEST_BYTES >> 20, signatures.MAX_BYTES >> 10
     powers = {2**exponent: f"2^{exponent}" for exponent in range(64)}
     powers |= {2**exponent - 1: f"2^{exponent} - 1" for exponent in range(3, 64)}
     assert [row["at most"] for row in table] == [
-        f"{mebibytes} MiB; {view._MAX_BYTES} bytes; {container.MAX_METADATA_BYTES} bytes",
+        f"{mebibytes} MiB; {view._MAX_BYTES} bytes; {container.MAX_METADATA_BYTES} bytes; {kibibytes} KiB",
         f"{strictjson.MAX_DEPTH}; {strictjson._MAX_INTEGER_DIGITS}",
         f"{layout.MAX_PARTS:,}; {powers[manifests._COUNT_LIMIT - 1]}; {powers[layout.MAX_FILE_BYTES]}",
         f"{encodings.K_LIMIT:,}; {grid.MAX_SEGMENTS}; {grid.LAST_LEVEL + 1:,}",

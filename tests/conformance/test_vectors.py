@@ -74,10 +74,16 @@ def test_a_valid_artifact_reads(vector: Path) -> None:
 def test_an_invalid_artifact_is_found_out_under_its_codes(vector: Path) -> None:
     expected = expectation(vector)
     student = expected["student"] and ModelIdentity.from_json(expected["student"], where="student")
-    report = lopd_store.verify(vector / "artifact", student=student)
+    report = lopd_store.verify(vector / "artifact", student=student, signed_by=expected.get("signed_by"))
     assert {found.code for found in report.findings} == set(expected["codes"])
     assert vector.name[:4] in expected["codes"]
     json.dumps(report.to_json()).encode()  # whatever was found can be said
+
+
+def test_a_signed_artifact_is_so_for_each_of_its_keys() -> None:
+    vector = VECTORS / "valid" / "signed"
+    keys = [one["public_key"] for one in json.loads((vector / "signatures.json").read_bytes())]
+    assert len(keys) == 2 and all(lopd_store.verify(vector, signed_by=key).ok for key in keys)
 
 
 @pytest.mark.parametrize("vector", INVALID, ids=names)

@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, HfApi
 
 import lopd_store
 from lopd_store.errors import ArtifactError, UnavailableError
+from lopd_store.signatures import make_key
 from tests.commands import Ran, command_line, run_command
 from tests.hub.routes import Answer
 from tests.hub.server import Cut, HubServer
@@ -351,6 +352,42 @@ def test_a_directory_of_somebody_else_in_the_place_of_the_pull_in_progress_is_le
     text = "error: `pulled.pulling` exists, and is no pull in progress\n\nhint: move it away\n"
     assert pull() == Ran(code=2, stdout="", stderr=text)
     assert Path("pulled.pulling/precious").read_text() == "precious"
+
+
+# Signatures
+
+
+def test_signatures_travel_and_a_pull_asks_for_one_before_the_parts_are_fetched(
+    hub: HubServer, artifact: Path, pushed: str, here: Path, tmp_path: Path
+) -> None:
+    alice, bob = (make_key(tmp_path / name) for name in ("alice", "bob"))
+    hub.requests.clear()
+    text = (
+        "error[A101]: `signatures.json`: there is no signature by the key\n"
+        f"  expected  {alice}\n  actual    no signature of this artifact\n\n"
+        f"hint: this is what `{REPO}` holds: ask its owner, or pull another `--revision`\n"
+    )
+    assert_refused(pull("--signed-by", alice), 1, text)
+    assert not [path for _, path in hub.requests if "/parts/" in path]
+    lopd_store.sign(artifact, key=tmp_path / "alice")
+    assert push(artifact).code == 0  # the same artifact again, whose tag now leads to its signatures
+    assert hub.tags(REPO) == {f"lopd-{pushed[7:19]}": hub.repo(REPO).branches["main"]}
+    assert_refused(
+        pull("--signed-by", bob), 1, text.replace(alice, bob).replace("no signature of this artifact", alice)
+    )
+    assert pull("--fingerprint", pushed, "--signed-by", tmp_path / "alice.pub").code == 0
+    assert contents(Path("pulled")) == contents(artifact) | {"README.md": contents(Path("pulled"))["README.md"]}
+
+
+def test_a_damaged_file_of_signatures_is_refused_only_where_one_is_asked_for(
+    hub: HubServer, pushed: str, here: Path, tmp_path: Path
+) -> None:
+    key = make_key(tmp_path / "alice")
+    hub.overwrite(REPO, "signatures.json", b"[", honest=True)
+    ran = pull("--signed-by", key)
+    assert (ran.code, ran.stdout) == (1, "") and ran.stderr.startswith("error[A100]: `signatures.json` ")
+    assert not list(here.iterdir())
+    assert pull().code == 0
 
 
 # A Hub that fails

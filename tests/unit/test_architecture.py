@@ -16,8 +16,9 @@ PACKAGES = {"lopd_store": ROOT / "lopd_store", "lopd_train": ROOT / "lopd_train"
 LAYERS = [
     ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "lookup", "pco"]),
     ("values", ["models", "weights", "identity", "provenance", "grid", "topk", "encoding", "manifest", "gate", "view"]),
-    ("files", ["container", "table", "part", "checks", "rollouts", "prompts", "card"]),
+    ("files", ["signatures", "container", "table", "part", "screen", "checks", "rollouts", "prompts", "card"]),
     ("making", ["teachers", "teachers.transformers", "plan", "scoring", "workers", "sampler", "audit", "differences"]),
+    ("records", ["lineage", "declare"]),
     ("artifacts", ["reader", "rescore", "builder", "verifier", "subset", "hub"]),
     ("door", ["__init__"]),
 ]
@@ -64,7 +65,7 @@ def test_a_module_of_the_store_imports_only_what_stands_before_it(module: str) -
     assert imported - allowed == set()
 
 
-@pytest.mark.parametrize("heavy", ["torch", "transformers", "typer", "huggingface_hub", "vllm", "ray"])
+@pytest.mark.parametrize("heavy", ["torch", "transformers", "typer", "huggingface_hub", "vllm", "ray", "cryptography"])
 def test_only_what_runs_models_or_the_hub_imports_heavy_libraries_at_its_top(heavy: str) -> None:
     runs_models = {"sampler", "teachers.transformers"}
     importing = set()
@@ -78,7 +79,17 @@ def test_only_what_runs_models_or_the_hub_imports_heavy_libraries_at_its_top(hea
 
 
 def test_importing_the_store_loads_no_heavy_library() -> None:
-    heavy = ["torch", "transformers", "typer", "huggingface_hub", "vllm", "rich", "lopd_train", "lopd_cli"]
+    heavy = [
+        "torch",
+        "transformers",
+        "typer",
+        "huggingface_hub",
+        "vllm",
+        "rich",
+        "cryptography",
+        "lopd_train",
+        "lopd_cli",
+    ]
     code = f"import sys, lopd_store; print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("", "")

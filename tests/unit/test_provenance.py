@@ -17,7 +17,10 @@ from lopd_store.provenance import (
     CheckpointRecord,
     RolloutsRecord,
     SftProvenance,
+    Status,
+    declared,
     read_checkpoint_record,
+    sft_of_checkpoint,
     sft_of_data,
     sft_of_policy,
 )
@@ -109,3 +112,12 @@ def test_a_damaged_record_beside_a_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / PROVENANCE_FILE).write_bytes(b"{")
     with pytest.raises(ArtifactError, match=f"{PROVENANCE_FILE}` is not valid JSON"):
         read_checkpoint_record(tmp_path)
+
+
+@pytest.mark.parametrize("status", ["declared", "unknown"])
+def test_what_rests_on_a_record_is_known_no_better_than_the_record(status: Status) -> None:
+    beside = replace(CHECKPOINT, status=status)
+    expected = declared(SFT) if status == "declared" else UNKNOWN_SFT
+    assert sft_of_checkpoint(beside) == expected
+    assert sft_of_policy(replace(ROLLOUTS, policy_checkpoint=beside)) == expected
+    assert sft_of_policy(replace(ROLLOUTS, status=status)) == expected

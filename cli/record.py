@@ -1,0 +1,101 @@
+"""`lopd-store record`: sft-data, rollouts, checkpoint. Declares what other tools sampled or fine-tuned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lopd_store.declare import declare_checkpoint, declare_rollouts
+from lopd_store.identity import ModelIdentity
+
+from . import console
+
+app = typer.Typer(
+    help="Declare who sampled or fine-tuned what our tools did not make; it stays marked as declared.",
+    no_args_is_help=True,
+)
+
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Rollouts with token ids, NAME.parquet.")]
+OutputOption = Annotated[Path, typer.Option(metavar="FILE", help="The same rollouts with the record, NAME.parquet.")]
+TemperatureOption = Annotated[float, typer.Option(metavar="T", help="At which it was sampled; 0 is greedy.")]
+TopPOption = Annotated[float, typer.Option(metavar="P", help="Mass that it was drawn from.")]
+PromptsOption = Annotated[Path | None, typer.Option(metavar="FILE", help="The prompts, where they are a file.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+
+
+@app.command("sft-data")
+def sft_data(
+    file: FileArgument,
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="The model that wrote the responses.")],
+    output: OutputOption,
+    temperature: TemperatureOption = 1.0,
+    top_p: TopPOption = 1.0,
+    prompts: PromptsOption = None,
+    json: Json = False,
+) -> None:
+    """Declare which teacher wrote SFT data."""
+    _declare(file, teacher, output, temperature, top_p, prompts, json)
+
+
+@app.command()
+def rollouts(
+    file: FileArgument,
+    policy: Annotated[str, typer.Option(metavar="MODEL", help="The reference policy that sampled the responses.")],
+    output: OutputOption,
+    temperature: TemperatureOption = 1.0,
+    top_p: TopPOption = 1.0,
+    prompts: PromptsOption = None,
+    json: Json = False,
+) -> None:
+    """Declare which reference policy sampled rollouts; the record beside it goes along."""
+    _declare(file, policy, output, temperature, top_p, prompts, json)
+
+
+@app.command()
+def checkpoint(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint; its record is written into it.")],
+    base: Annotated[str, typer.Option(metavar="MODEL", help="The model that the fine-tuning started from.")],
+    sft_data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What it was tuned on; where it has a record, that is read.")
+    ] = None,
+    sft_teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The teacher, where the data does not name it.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the record that is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Declare what a checkpoint was fine-tuned from, and which teacher wrote its SFT data."""
+    with console.progress("identity", "bytes") as meter:
+        record = declare_checkpoint(
+            directory, base=base, sft_data=sft_data, sft_teacher=sft_teacher, force=force, on_bytes=meter.update
+        )
+    if json:
+        console.answer({"checkpoint": str(directory), "record": record.to_json()})
+        return
+    assert record.sft.teacher is not None
+    console.say(f"{directory}: declared, tuned from {_model(record.base)}, SFT teacher {_model(record.sft.teacher)}")
+
+
+def _declare(
+    file: Path, policy: str, output: Path, temperature: float, top_p: float, prompts: Path | None, json: bool
+) -> None:
+    with console.progress("identity", "bytes") as meter:
+        record = declare_rollouts(
+            file,
+            policy=policy,
+            output=output,
+            temperature=temperature,
+            top_p=top_p,
+            prompts=prompts,
+            on_bytes=meter.update,
+        )
+    if json:
+        console.answer({"output": str(output), "record": record.to_json()})
+    else:
+        console.say(f"{output}: declared, sampled by {_model(record.policy)}")
+
+
+def _model(identity: ModelIdentity) -> str:
+    return f"{identity.name} (weights {identity.weights[7:19]}…)"

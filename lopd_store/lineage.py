@@ -1,0 +1,190 @@
+"""Lineage: the chain from the SFT teacher to a trained student, link by link, and how sure each link is.
+
+    links = of_manifest(artifact.manifest, artifact.fingerprint)
+    [(link.thing, link.mark) for link in links]     # [("SFT data", "recorded"), ..., ("artifact", "verified")]
+
+A link leads from the thing before it to its own. Two tools identified the model or file where the two meet; only where
+both sides are there and equal, and no person's word is in between, is a link `verified`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lopd_store.identity import ModelIdentity
+from lopd_store.manifest import Manifest
+from lopd_store.provenance import CheckpointRecord, RolloutsRecord, SftProvenance, Status
+
+# Broken: both sides are known, and differ. Recorded: a tool of ours wrote it down, and the other side is not here.
+Mark = Literal["broken", "unknown", "declared", "recorded", "verified"]
+MARKS: tuple[Mark, ...] = ("broken", "unknown", "declared", "recorded", "verified")  # from weak to strong
+Thing = Literal["SFT data", "SFT checkpoint", "rollouts", "artifact", "student"]
+_MADE: dict[Thing, str] = {
+    "SFT data": "written by",
+    "SFT checkpoint": "trained from",
+    "rollouts": "sampled by",
+    "artifact": "scored by",
+    "student": "trained from",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """One thing of the chain, the model that made it, and how sure it is that it came of the thing before it."""
+
+    thing: Thing
+    mark: Mark
+    reason: str
+    model: ModelIdentity | None = None
+    name: str | None = None  # of a checkpoint
+    digest: str | None = None  # of the file, of the weights, or the artifact's fingerprint
+    prompts: str | None = None  # digest
+
+    @property
+    def made(self) -> str:
+        """What the model did to make it: `written by`, `trained from`, `sampled by` or `scored by`."""
+        return _MADE[self.thing]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with one member per field, and `made`."""
+        return {**vars(self), "made": self.made, "model": None if self.model is None else self.model.to_json()}
+
+
+def of_manifest(manifest: Manifest, fingerprint: str, *, sft_data: RolloutsRecord | None = None) -> tuple[Link, ...]:
+    """The chain up to an artifact; `sft_data` is the record of the SFT data, where the file is at hand."""
+    inputs = manifest.inputs
+    checkpoint = None if inputs.rollouts is None else inputs.rollouts.policy_checkpoint
+    return (
+        _sft_data(inputs.sft, sft_data),
+        _policy(checkpoint, inputs.sft, sft_data),
+        _rollouts(inputs.rollouts, inputs.rollouts_file),
+        _artifact(inputs.teacher, inputs.sft, fingerprint),
+    )
+
+
+def of_checkpoint(
+    record: CheckpointRecord,
+    model: ModelIdentity,
+    *,
+    artifact: Manifest | None = None,
+    sft_data: RolloutsRecord | None = None,
+) -> tuple[Link, ...]:
+    """The chain up to a checkpoint, which `model` identifies as it lies there.
+
+    `artifact` is the one whose fingerprint is `record.data`, `sft_data` the record of the file whose digest is
+    `record.sft.data`, each where it is at hand.
+    """
+    if record.method == "sft":
+        policy = _policy(record, record.sft, sft_data)
+        return (_sft_data(record.sft, sft_data), _held_to(policy, record, model))
+    if artifact is not None:
+        chain = of_manifest(artifact, record.data, sft_data=sft_data)
+    else:
+        lost = Link(thing="artifact", mark="unknown", reason="it is not here to look into", digest=record.data)
+        chain = (_sft_data(record.sft, sft_data), lost)
+    return (*chain, _held_to(_student(record, artifact), record, model))
+
+
+def weakest(links: Sequence[Link]) -> Mark:
+    """How sure the whole chain is: as its weakest link."""
+    return min((link.mark for link in links), key=MARKS.index)
+
+
+def _sft_data(sft: SftProvenance, record: RolloutsRecord | None) -> Link:
+    mark: Mark
+    if sft.teacher is None:
+        mark, reason = "unknown", "nothing says which teacher wrote it"
+    elif record is not None and record.policy.differences(sft.teacher):
+        mark, reason = "broken", "the file itself names another teacher"
+    elif record is None:
+        mark, reason = _recorded(sft.status, "the file is not here to compare")
+    else:
+        mark, reason = _verified([sft.status, record.status], "the file itself names this teacher")
+    prompts = None if record is None else record.prompts
+    return Link(thing="SFT data", mark=mark, reason=reason, model=sft.teacher, digest=sft.data, prompts=prompts)
+
+
+def _policy(record: CheckpointRecord | None, sft: SftProvenance, data: RolloutsRecord | None) -> Link:
+    """The reference policy, as the checkpoint that SFT made."""
+    mark: Mark
+    if record is None:
+        named = sft.status == "declared"
+        mark = "declared" if named else "unknown"
+        reason = "a person named the SFT data of this policy" if named else "nothing says how it was trained"
+        return Link(thing="SFT checkpoint", mark=mark, reason=reason)
+    if record.method == "opd":
+        mark, reason = _recorded(record.status, "it is a student itself; the artifact it learnt from is not here")
+    elif sft.data is not None and record.data != sft.data:
+        mark, reason = "broken", "it was trained on other data"
+    elif data is None:
+        mark, reason = _recorded(record.status, "the data is not here to compare")
+    else:
+        mark, reason = _verified([data.status, record.status], "this data is what it was trained on")
+    return _checkpoint("SFT checkpoint", record, mark, reason)
+
+
+def _rollouts(record: RolloutsRecord | None, digest: str) -> Link:
+    mark: Mark
+    if record is None:
+        reason = "the file did not say who sampled it"
+        return Link(thing="rollouts", mark="unknown", reason=reason, digest=digest)
+    if record.policy_checkpoint is None:
+        mark, reason = _recorded(record.status, "there is no checkpoint record to compare the policy with")
+    elif differences := record.policy_checkpoint.model.differences(record.policy):
+        mark, reason = "broken", f"the policy is not this checkpoint: {', '.join(differences)} differ"
+    else:
+        mark, reason = _verified([record.policy_checkpoint.status, record.status], "the policy is this checkpoint")
+    return Link(thing="rollouts", mark=mark, reason=reason, model=record.policy, digest=digest, prompts=record.prompts)
+
+
+def _artifact(teacher: ModelIdentity, sft: SftProvenance, fingerprint: str) -> Link:
+    mark: Mark
+    if sft.teacher is None:
+        mark, reason = "recorded", "there is no SFT teacher to compare the teacher with"
+    elif differences := sft.teacher.differences(teacher):
+        mark, reason = "broken", f"the teacher is not the SFT teacher: {', '.join(differences)} differ"
+    else:
+        mark, reason = _verified([sft.status], "the teacher is the SFT teacher")
+    return Link(thing="artifact", mark=mark, reason=reason, model=teacher, digest=fingerprint)
+
+
+def _student(record: CheckpointRecord, artifact: Manifest | None) -> Link:
+    mark: Mark
+    if artifact is None:
+        mark, reason = _recorded(record.status, "the artifact is not here to compare")
+    elif artifact.inputs.rollouts is None:
+        mark, reason = _recorded(record.status, "there is no policy to compare its start with")
+    elif differences := artifact.inputs.rollouts.policy.differences(record.base):
+        mark, reason = "broken", f"it did not start as the policy: {', '.join(differences)} differ"
+    else:
+        mark, reason = _verified([artifact.inputs.rollouts.status, record.status], "it started as the policy")
+    if record.overrides:
+        reason += f"; trained with {', '.join(f'--{name}' for name in record.overrides)}"
+    return _checkpoint("student", record, mark, reason)
+
+
+def _held_to(link: Link, record: CheckpointRecord, model: ModelIdentity) -> Link:
+    """The link to a checkpoint, broken where its record lies beside another model than it speaks of."""
+    if differences := record.model.differences(model):
+        return replace(
+            link, mark="broken", reason=f"its record speaks of another model: {', '.join(differences)} differ"
+        )
+    return link
+
+
+def _checkpoint(thing: Thing, record: CheckpointRecord, mark: Mark, reason: str) -> Link:
+    model = record.model
+    return Link(thing=thing, mark=mark, reason=reason, model=record.base, name=model.name, digest=model.weights)
+
+
+def _recorded(status: Status, reason: str) -> tuple[Mark, str]:
+    """The mark of a link whose other side is not here."""
+    return status, {"recorded": reason, "declared": "on a person's word", "unknown": "nobody knows"}[status]
+
+
+def _verified(statuses: Sequence[Status], reason: str) -> tuple[Mark, str]:
+    """The mark of a link whose two sides are equal: verified, where tools of ours wrote down both."""
+    status = min(statuses, key=MARKS.index)
+    return ("verified", reason) if status == "recorded" else _recorded(status, "")
