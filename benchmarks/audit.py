@@ -88,7 +88,7 @@ def main() -> None:
             verdict(swapped),
             f"How close a relative can be. At n = {Z_LIMIT:g}² · variance / effect² positions half of all sets are "
             f"detected, at ({Z_LIMIT:g} + 2)² · variance / effect² nearly all.",
-            table_of_relatives([*swapped, *close]),
+            table_of_relatives([*close, swapped[-1]]),
         ]
     )
     print(text)
@@ -254,8 +254,8 @@ def introduction(honest: Honest) -> str:
     count = honest.plain.positions.sum()
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {machine()}; Python {platform.python_version()}, {versions}. The teacher is "
-        f"SmolLM2-135M-Instruct in float32; its text are its answers to {len(honest.plain.positions)} problems of "
-        f"HumanEval, {count:,} positions with a mean entropy of {honest.plain.entropy.sum() / count:.2f} nats. Of each "
+        f"SmolLM2-135M-Instruct in float32, and its text the answers to {len(honest.plain.positions)} problems of "
+        f"HumanEval, {count:,} positions with a mean entropy of {honest.plain.entropy.sum() / count:.2f} nats. At each "
         f"position {SETS} more tokens are drawn. SFT: {relatives.SFT_STEPS} steps of {relatives.SFT_BATCH} human "
         "solutions to other problems at the default learning rate."
     )
