@@ -1,0 +1,91 @@
+"""Two teachers and two SFT records through the commands: one combination trains, three are refused with a reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Ran, run_command
+
+SETTINGS = ("--steps", 2, "--batch-rollouts", 4, "--eval-fraction", 0.2, "--device", "cpu")
+OTHER_TEACHER = "the SFT data was written by another teacher than the one that scored the rollouts"
+NO_RECORD = "nothing says which teacher wrote the SFT data of the reference policy"
+
+
+@pytest.fixture(scope="module")
+def made(
+    teacher_dir: Path,
+    other_teacher_dir: Path,
+    student_dir: Path,
+    prompts_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """An SFT checkpoint with a record and the same without; its rollouts scored by both teachers: four artifacts."""
+    here = tmp_path_factory.mktemp("gate")
+
+    def done(program: str, *arguments: object) -> None:
+        ran = run_command(program, *arguments)
+        assert ran.code == 0, ran.stderr
+
+    sampling = ("--prompts", prompts_file, "--max-response-tokens", 20, "--n", 4)
+    data, checkpoint = here / "sft.parquet", here / "sft"
+    done("lopd-store", "generate", "--model", teacher_dir, "--output", data, *sampling)
+    done("lopd-train", "sft", "--model", student_dir, "--data", data, "--output", checkpoint, *SETTINGS)
+    for record in ("recorded", "unknown"):
+        if record == "unknown":
+            (checkpoint / "lopd-provenance.json").rename(here / "kept.json")
+        rollouts = here / f"{record}.parquet"
+        done("lopd-store", "generate", "--model", checkpoint, "--output", rollouts, *sampling)
+        for name, teacher in (("same", teacher_dir), ("other", other_teacher_dir)):
+            scored = ("--teacher", teacher, "--rollouts", rollouts, "--workers", 1)
+            done("lopd-store", "build", *scored, "--output", here / f"{record}-{name}")
+    (here / "kept.json").rename(here / "sft" / "lopd-provenance.json")
+    return here
+
+
+def opd(made: Path, artifact: str, output: Path, *more: object) -> Ran:
+    where = ("--artifact", made / artifact, "--student", made / "sft", "--output", output)
+    return run_command("lopd-train", "opd", *where, *SETTINGS, *more)
+
+
+def test_the_teacher_that_wrote_the_sft_data_trains(made: Path, tmp_path: Path) -> None:
+    ran = opd(made, "recorded-same", tmp_path / "opd")
+    assert ran.code == 0, ran.stderr
+    record = json.loads((tmp_path / "opd" / "lopd-provenance.json").read_text())
+    assert record["overrides"] == [] and record["method"] == "opd"
+
+
+@pytest.mark.parametrize(
+    ("artifact", "state", "reason", "flag"),
+    [
+        ("recorded-other", "inconsistent", OTHER_TEACHER, "--allow-inconsistent-teacher"),
+        ("unknown-same", "unknown", NO_RECORD, "--allow-unknown-sft-teacher"),
+        ("unknown-other", "unknown", NO_RECORD, "--allow-unknown-sft-teacher"),
+    ],
+)
+class TestRefusal:
+    """What is refused, and what is written down when somebody insists."""
+
+    def test_it_has_its_reason_and_leaves_nothing(
+        self, made: Path, tmp_path: Path, artifact: str, state: str, reason: str, flag: str
+    ) -> None:
+        ran = opd(made, artifact, tmp_path / "opd")
+        assert ran.code == 1 and f"teacher consistency is {state}: {reason}" in ran.stderr
+        assert f"pass `{flag}`" in ran.stderr and not (tmp_path / "opd").exists()
+
+    def test_the_other_override_does_not_help(
+        self, made: Path, tmp_path: Path, artifact: str, state: str, reason: str, flag: str
+    ) -> None:
+        (other,) = {"--allow-inconsistent-teacher", "--allow-unknown-sft-teacher"} - {flag}
+        assert opd(made, artifact, tmp_path / "opd", other).code == 1
+
+    def test_its_own_override_trains_and_is_written_down(
+        self, made: Path, tmp_path: Path, artifact: str, state: str, reason: str, flag: str
+    ) -> None:
+        assert opd(made, artifact, tmp_path / "opd", flag).code == 0
+        name = flag.removeprefix("--")
+        record = json.loads((tmp_path / "opd" / "lopd-provenance.json").read_text())
+        run = json.loads((tmp_path / "opd" / "run.json").read_text())
+        assert record["overrides"] == [name] and run["overrides"] == [name] and run["verdict"] == state
