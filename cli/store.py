@@ -1,19 +1,17 @@
-"""`lopd-store`: generate, build, verify, inspect, push, pull, identity."""
+"""`lopd-store`: the commands, but for `record`, `sign` and `key`, which have files of their own."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import lopd_store
-from lopd_store import gate, layout
-from lopd_store.errors import ConsistencyError, InputError
-from lopd_store.reader import Artifact
+from lopd_store.errors import InputError
 
-from . import console, record, sign
+from . import console, facts, record, sign
 from .lineage import show as show_lineage
 
 app = typer.Typer(
@@ -200,7 +198,7 @@ def build(
             part_positions=part_positions,
             on_progress=meter.update,
         )
-    _answer(artifact, json)
+    facts.answer(artifact, json)
 
 
 @app.command()
@@ -265,15 +263,15 @@ def inspect(
         raise InputError("`--model` goes with `--rollout`", hint=f"lopd-store inspect {artifact} --rollout 0")
     opened = lopd_store.open(artifact)
     if rollout is None:
-        _answer(opened, json)
+        facts.answer(opened, json)
         return
-    positions = _positions(opened, rollout, model)
+    positions = facts.positions(opened, rollout, model)
     if json:
         console.answer({"rollout": rollout, "positions": positions})
         return
     console.table(
         [
-            (p["position"], _shown(p), f"{p['sampled_logprob']:.3f}", "" if p["loss"] else "no", _top(p))
+            (p["position"], facts.shown(p), f"{p['sampled_logprob']:.3f}", "" if p["loss"] else "no", facts.top(p))
             for p in positions
         ],
         header=("position", "token", "teacher", "loss", "top-5 of the teacher"),
@@ -342,7 +340,7 @@ def subset(
             parts=None if parts is None else _range(parts),
             on_bytes=meter.update,
         )
-    _answer(copy, json)
+    facts.answer(copy, json)
 
 
 @app.command()
@@ -382,7 +380,7 @@ def pull(
             signed_by=signed_by,
             on_bytes=meter.update,
         )
-    _answer(artifact, json)
+    facts.answer(artifact, json)
 
 
 @app.command()
@@ -394,14 +392,14 @@ def identity(
     """Show the identity of a model; of two, whether they are the same (exit code 0) and where they differ (1)."""
     with console.progress("identity", "bytes") as meter:
         if other is None:
-            facts = lopd_store.identify(model, on_bytes=meter.update).to_json()
+            answer = lopd_store.identify(model, on_bytes=meter.update).to_json()
         else:
             comparison = lopd_store.compare(model, other, on_bytes=meter.update)
-            facts = comparison.to_json()
+            answer = comparison.to_json()
     if json:
-        console.answer(facts)
+        console.answer(answer)
     elif other is None:
-        console.table([(name, "none" if value is None else value) for name, value in facts.items()])
+        console.table([(name, "none" if value is None else value) for name, value in answer.items()])
     elif comparison.same:
         console.say(f"{model} and {other} are the same model")
     else:
@@ -416,127 +414,6 @@ def _range(text: str) -> range:
     if not (colon and start.isdecimal() and stop.isdecimal()):
         raise InputError(f"`--parts {text}` is not a range of parts", expected="A:B, for example 0:4")
     return range(int(start), int(stop))
-
-
-def _answer(artifact: Artifact, json: bool) -> None:
-    """Say what is in an artifact, and on stderr whether training will refuse it."""
-    facts = _facts(artifact)
-    if json:
-        console.answer(facts)
-    else:
-        _say_facts(facts)
-    try:
-        gate.enforce(gate.judge(artifact.manifest.inputs))
-    except ConsistencyError as error:
-        console.note(f"note: training will refuse this artifact: {error}")
-
-
-def _facts(artifact: Artifact) -> dict[str, Any]:
-    """What `inspect --json` answers."""
-    manifest = artifact.manifest
-    inputs, counts = manifest.inputs, manifest.counts
-    size = sum(file.size for part in manifest.parts for file in part.files.values())
-    return {
-        "path": str(artifact.path),
-        "fingerprint": artifact.fingerprint,
-        "version": manifest.version,
-        "counts": counts.to_json(),
-        "parts": len(manifest.parts),
-        "view": {"kinds": list(artifact.view.kinds), "parts": [artifact.view.parts.start, artifact.view.parts.stop]},
-        "text": manifest.text,
-        "bytes": size,
-        "bytes_per_position": round(size / max(counts.positions, 1), 2),
-        "mean_k": round(counts.entries / max(counts.positions, 1), 2),
-        "encoding": manifest.encoding.to_json(),
-        "reference_logprobs": manifest.reference_logprobs,
-        "teacher": inputs.teacher.to_json(),
-        "scoring": inputs.scoring.to_json(),
-        "sft": inputs.sft.to_json(),
-        "rollouts": None if inputs.rollouts is None else inputs.rollouts.to_json(),
-        "consistency": gate.judge(inputs).state,
-    }
-
-
-def _say_facts(facts: dict[str, Any]) -> None:
-    counts, selection = facts["counts"], facts["encoding"]["selection"]
-    sft, rollouts = facts["sft"], facts["rollouts"]
-    console.table(
-        [
-            ("artifact", facts["path"]),
-            ("fingerprint", facts["fingerprint"]),
-            ("format", f"lopd {facts['version']}, {facts['encoding']['profile']}"),
-            ("rollouts", f"{counts['rollouts']:,}"),
-            ("positions", f"{counts['positions']:,} of {counts['tokens']:,} tokens"),
-            ("parts", _parts(facts)),
-            ("top-k", f"mean k {facts['mean_k']}; at most {selection['k_max']}, coverage {selection['coverage']:g}"),
-            ("size", f"{facts['bytes']:,} bytes, {facts['bytes_per_position']} per position"),
-            ("teacher", _model(facts["teacher"])),
-            ("SFT teacher", f"{_model(sft['teacher'])} ({sft['status']})" if sft["teacher"] else "unknown"),
-            ("reference policy", _model(rollouts["policy"]) if rollouts else "unknown"),
-            ("consistency", facts["consistency"]),
-        ]
-    )
-
-
-def _parts(facts: dict[str, Any]) -> str:
-    kinds, (first, stop) = facts["view"]["kinds"], facts["view"]["parts"]
-    if (first, stop) == (0, facts["parts"]) and len(kinds) == len(layout.FILE_KINDS):
-        return f"{facts['parts']:,}"
-    return f"partial copy: parts {first} to {stop - 1} of {facts['parts']:,}, {' and '.join(kinds)} files"
-
-
-def _model(identity: dict[str, Any]) -> str:
-    revision = f" @ {identity['revision'][:12]}" if identity["revision"] else ""
-    return f"{identity['name']}{revision}  weights {identity['weights'][7:19]}…"
-
-
-def _positions(artifact: Artifact, rollout: int, model: str | None) -> list[dict[str, Any]]:
-    """Each position of a rollout with the teacher's log-prob and its five most likely ids."""
-    decode = _decoder(artifact, model)
-    stored = artifact.rollout(rollout)
-    topk = stored.topk
-    offsets = None if topk is None else topk.offsets
-    positions = []
-    for position, token in enumerate(stored.response_ids.tolist()):
-        top = []
-        if topk is not None and offsets is not None:
-            entries = slice(int(offsets[position]), int(offsets[position + 1]))
-            top = list(zip(topk.ids[entries].tolist()[:5], topk.logprobs[entries].tolist()[:5], strict=True))
-        positions.append(
-            {
-                "position": position,
-                "id": token,
-                "token": decode(token),
-                "loss": bool(stored.loss_mask[position]),
-                "sampled_logprob": float(stored.sampled_logprobs[position]),
-                "top": [{"id": id, "token": decode(id), "logprob": logprob} for id, logprob in top],
-            }
-        )
-    return positions
-
-
-def _decoder(artifact: Artifact, model: str | None) -> Any:
-    """Turns an id into text with the tokenizer of `model`, which must be the artifact's; without one, into None."""
-    if model is None:
-        return lambda id: None
-    from lopd_store import models
-    from lopd_store.identity import tokenizer_digest
-
-    tokenizer = models.load_tokenizer(models.find(model))
-    wanted = artifact.manifest.inputs.teacher.tokenizer
-    if (found := tokenizer_digest(tokenizer)) != wanted:
-        raise InputError(f"`{model}` has another tokenizer than the artifact", expected=wanted, actual=found)
-    return lambda id: tokenizer.decode([id])
-
-
-def _shown(entry: dict[str, Any]) -> str:
-    """A token in quotes; one without text, or a piece of a character, by its id."""
-    token = entry["token"]
-    return f"#{entry['id']}" if token is None or "\N{REPLACEMENT CHARACTER}" in token else repr(token)
-
-
-def _top(position: dict[str, Any]) -> str:
-    return "  ".join(f"{_shown(entry)} {entry['logprob']:.2f}" for entry in position["top"])
 
 
 def main() -> None:

@@ -1,0 +1,138 @@
+"""What the commands say of an artifact: its facts, and the positions of one of its rollouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lopd_store import gate, layout
+from lopd_store.errors import ConsistencyError, InputError
+from lopd_store.reader import Artifact
+
+from . import console
+
+
+def answer(artifact: Artifact, json: bool) -> None:
+    """Say what is in an artifact, and on stderr whether training will refuse it."""
+    facts = _facts(artifact)
+    if json:
+        console.answer(facts)
+    else:
+        _say_facts(facts)
+    try:
+        gate.enforce(gate.judge(artifact.manifest.inputs))
+    except ConsistencyError as error:
+        console.note(f"note: training will refuse this artifact: {error}")
+
+
+def _facts(artifact: Artifact) -> dict[str, Any]:
+    """What `inspect --json` answers."""
+    manifest = artifact.manifest
+    inputs, counts = manifest.inputs, manifest.counts
+    size = sum(file.size for part in manifest.parts for file in part.files.values())
+    return {
+        "path": str(artifact.path),
+        "fingerprint": artifact.fingerprint,
+        "version": manifest.version,
+        "counts": counts.to_json(),
+        "parts": len(manifest.parts),
+        "view": {"kinds": list(artifact.view.kinds), "parts": [artifact.view.parts.start, artifact.view.parts.stop]},
+        "text": manifest.text,
+        "bytes": size,
+        "bytes_per_position": round(size / max(counts.positions, 1), 2),
+        "mean_k": round(counts.entries / max(counts.positions, 1), 2),
+        "encoding": manifest.encoding.to_json(),
+        "reference_logprobs": manifest.reference_logprobs,
+        "teacher": inputs.teacher.to_json(),
+        "scoring": inputs.scoring.to_json(),
+        "sft": inputs.sft.to_json(),
+        "rollouts": None if inputs.rollouts is None else inputs.rollouts.to_json(),
+        "consistency": gate.judge(inputs).state,
+    }
+
+
+def _say_facts(facts: dict[str, Any]) -> None:
+    counts, selection = facts["counts"], facts["encoding"]["selection"]
+    sft, rollouts = facts["sft"], facts["rollouts"]
+    console.table(
+        [
+            ("artifact", facts["path"]),
+            ("fingerprint", facts["fingerprint"]),
+            ("format", f"lopd {facts['version']}, {facts['encoding']['profile']}"),
+            ("rollouts", f"{counts['rollouts']:,}"),
+            ("positions", f"{counts['positions']:,} of {counts['tokens']:,} tokens"),
+            ("parts", _parts(facts)),
+            ("top-k", f"mean k {facts['mean_k']}; {_selection(selection)}"),
+            ("size", f"{facts['bytes']:,} bytes, {facts['bytes_per_position']} per position"),
+            ("teacher", _model(facts["teacher"])),
+            ("SFT teacher", f"{_model(sft['teacher'])} ({sft['status']})" if sft["teacher"] else "unknown"),
+            ("reference policy", _model(rollouts["policy"]) if rollouts else "unknown"),
+            ("consistency", facts["consistency"]),
+        ]
+    )
+
+
+def _selection(selection: dict[str, Any]) -> str:
+    whose = "" if selection["rule"] == "teacher" else " of each model"
+    return f"at most {selection['k_max']}{whose}, coverage {selection['coverage']:g}"
+
+
+def _parts(facts: dict[str, Any]) -> str:
+    kinds, (first, stop) = facts["view"]["kinds"], facts["view"]["parts"]
+    if (first, stop) == (0, facts["parts"]) and len(kinds) == len(layout.FILE_KINDS):
+        return f"{facts['parts']:,}"
+    return f"partial copy: parts {first} to {stop - 1} of {facts['parts']:,}, {' and '.join(kinds)} files"
+
+
+def _model(identity: dict[str, Any]) -> str:
+    revision = f" @ {identity['revision'][:12]}" if identity["revision"] else ""
+    return f"{identity['name']}{revision}  weights {identity['weights'][7:19]}…"
+
+
+def positions(artifact: Artifact, rollout: int, model: str | None) -> list[dict[str, Any]]:
+    """Each position of a rollout with the teacher's log-prob and its five most likely ids."""
+    decode = _decoder(artifact, model)
+    stored = artifact.rollout(rollout)
+    topk = stored.topk
+    offsets = None if topk is None else topk.offsets
+    rows = []
+    for position, token in enumerate(stored.response_ids.tolist()):
+        likely = []
+        if topk is not None and offsets is not None:
+            entries = slice(int(offsets[position]), int(offsets[position + 1]))
+            likely = list(zip(topk.ids[entries].tolist()[:5], topk.logprobs[entries].tolist()[:5], strict=True))
+        rows.append(
+            {
+                "position": position,
+                "id": token,
+                "token": decode(token),
+                "loss": bool(stored.loss_mask[position]),
+                "sampled_logprob": float(stored.sampled_logprobs[position]),
+                "top": [{"id": id, "token": decode(id), "logprob": logprob} for id, logprob in likely],
+            }
+        )
+    return rows
+
+
+def _decoder(artifact: Artifact, model: str | None) -> Any:
+    """Turns an id into text with the tokenizer of `model`, which must be the artifact's; without one, into None."""
+    if model is None:
+        return lambda id: None
+    from lopd_store import models
+    from lopd_store.identity import tokenizer_digest
+
+    tokenizer = models.load_tokenizer(models.find(model))
+    wanted = artifact.manifest.inputs.teacher.tokenizer
+    if (found := tokenizer_digest(tokenizer)) != wanted:
+        raise InputError(f"`{model}` has another tokenizer than the artifact", expected=wanted, actual=found)
+    return lambda id: tokenizer.decode([id])
+
+
+def shown(entry: dict[str, Any]) -> str:
+    """A token in quotes; one without text, or a piece of a character, by its id."""
+    token = entry["token"]
+    return f"#{entry['id']}" if token is None or "\N{REPLACEMENT CHARACTER}" in token else repr(token)
+
+
+def top(position: dict[str, Any]) -> str:
+    """The likely tokens of a position with their log-probs, in one line."""
+    return "  ".join(f"{shown(entry)} {entry['logprob']:.2f}" for entry in position["top"])
