@@ -13,7 +13,7 @@ from typing import Any
 
 from lopd_store import models, strictjson
 from lopd_store.digest import digest_json, is_digest
-from lopd_store.errors import ArtifactError
+from lopd_store.errors import ArtifactError, InputError
 from lopd_store.weights import OnBytes, tensor_digests, weights_digests
 
 _NOT_COMPARED = ("name", "revision", "rounded_weights")
@@ -58,6 +58,16 @@ class ModelIdentity:
             for field in fields(self)
             if field.name not in _NOT_COMPARED and getattr(self, field.name) != getattr(other, field.name)
         )
+
+    def require(self, found: ModelIdentity, message: str, *, hint: str | None = None) -> None:
+        """Raise InputError with this message unless the model that was found is this one."""
+        if differences := self.differences(found):
+            raise InputError(
+                message,
+                expected=f"{self.name}, weights {self.weights}",
+                actual=f"{found.name}, which differs in {', '.join(differences)}",
+                hint=hint,
+            )
 
     def is_rounding_of(self, other: ModelIdentity) -> bool:
         """Whether the weights are the same values in another precision."""

@@ -159,13 +159,11 @@ def read_sft(path: Path, policy: ModelIdentity | None) -> SftProvenance:
     record = parse_checkpoint_record(path.read_bytes(), where=str(path))
     if policy is None:
         return declared(sft_of_checkpoint(record))
-    if differences := record.model.differences(policy):
-        raise InputError(
-            f"`--sft {path}` is the record of another checkpoint than the policy that sampled the rollouts",
-            expected=f"{policy.name}, weights {policy.weights}",
-            actual=f"{record.model.name}, which differs in {', '.join(differences)}",
-            hint="name the checkpoint that sampled the rollouts, or the SFT data that it was trained on",
-        )
+    policy.require(
+        record.model,
+        f"`--sft {path}` is the record of another checkpoint than the policy that sampled the rollouts",
+        hint="name the checkpoint that sampled the rollouts, or the SFT data that it was trained on",
+    )
     return sft_of_checkpoint(record)
 
 
@@ -207,10 +205,4 @@ def _check_reference(file: RolloutsFile, reference: str) -> None:
             f"`{file.path}` does not say which policy sampled it, so `{reference}` may be another",
             hint="sample the rollouts with `lopd-store generate`, which records the policy",
         )
-    policy, found = file.record.policy, identify(reference)
-    if differences := policy.differences(found):
-        raise InputError(
-            f"`{reference}` is not the policy that sampled the rollouts",
-            expected=f"{policy.name}, weights {policy.weights}",
-            actual=f"{found.name}, which differs in {', '.join(differences)}",
-        )
+    file.record.policy.require(identify(reference), f"`{reference}` is not the policy that sampled the rollouts")

@@ -58,7 +58,7 @@ def rescore(
     scored, in all). Raises InputError where the model is not the teacher of the artifact.
     """
     inputs, encoding = artifact.manifest.inputs, artifact.manifest.encoding
-    _check_teacher(artifact, teacher)
+    inputs.teacher.require(identify(teacher), f"`{teacher}` is not the teacher of this artifact")
     here = artifact.rollouts
     if not count >= 1:
         raise InputError("`rescore` is out of range", expected="1 or more", actual=count)
@@ -105,16 +105,6 @@ def rescore(
                 )
             )
     return Rescored(rollouts=tuple(chosen), noise=noise, difference=largest, findings=tuple(findings))
-
-
-def _check_teacher(artifact: Artifact, teacher: str | Path) -> None:
-    wanted, found = artifact.manifest.inputs.teacher, identify(teacher)
-    if differences := wanted.differences(found):
-        raise InputError(
-            f"`{teacher}` is not the teacher of this artifact",
-            expected=f"{wanted.name}, weights {wanted.weights}",
-            actual=f"{found.name}, which differs in {', '.join(differences)}",
-        )
 
 
 def _rollout(stored: StoredRollout) -> Rollout:
