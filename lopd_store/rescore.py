@@ -7,7 +7,7 @@ differ is not guessed: the rollouts are scored twice, in other batch shapes, and
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,32 +65,35 @@ def rescore(
     chosen = sorted(random.Random(seed).sample(here, min(count, len(here))))
     stored = [artifact.rollout(index) for index in chosen]
     rollouts = [_rollout(one) for one in stored]
-    scorings: list[list[RolloutScores]] = []
-    for batch_tokens in (_BATCH_TOKENS, 1):  # many rollouts to a batch, and each alone
-        engine = load(
-            inputs.scoring.engine,
-            str(teacher),
-            vocab_size=inputs.teacher.vocab_size,
-            dtype=inputs.scoring.dtype,
-            device=models.pick_device(device),
-            batch_tokens=batch_tokens,
-        )
+    engine = load(
+        inputs.scoring.engine,
+        str(teacher),
+        vocab_size=inputs.teacher.vocab_size,
+        dtype=inputs.scoring.dtype,
+        device=models.pick_device(device),
+        batch_tokens=_BATCH_TOKENS,
+    )
+
+    def score(batch: Sequence[Rollout], before: int) -> list[RolloutScores]:
         scores: dict[int, RolloutScores] = {}
-        for index, score in engine.score(rollouts, encoding.k_max):
-            scores[index] = score
+        for index, found in engine.score(batch, encoding.k_max):
+            scores[index] = found
             if on_progress is not None:
-                on_progress(len(scorings) * len(rollouts) + len(scores), 2 * len(rollouts))
-        scorings.append([scores[index] for index in range(len(rollouts))])
-        del engine
+                on_progress(before + len(scores), 2 * len(rollouts))
+        return [scores[index] for index in range(len(batch))]
+
+    together = score(rollouts, 0)
+    alone = [score([rollout], len(rollouts) + index)[0] for index, rollout in enumerate(rollouts)]
     noise = max(
-        (_largest(np.abs(a.sampled_logprobs - b.sampled_logprobs)) for a, b in zip(*scorings, strict=True)), default=0.0
+        (_largest(np.abs(a.sampled_logprobs - b.sampled_logprobs)) for a, b in zip(together, alone, strict=True)),
+        default=0.0,
     )
     tolerance = max(_NOISE_FACTOR * noise, _LEAST_NOISE)
     findings, largest = [], 0.0
-    for index, one, score in zip(chosen, stored, scorings[0], strict=True):
+    for index, one, scores in zip(chosen, stored, together, strict=True):
         excess = np.maximum(
-            _excess(one.sampled_logprobs, score.sampled_logprobs, encoding.sampled_grid),
-            _topk_excess(one, score, encoding.topk_grid),
+            _excess(one.sampled_logprobs, scores.sampled_logprobs, encoding.sampled_grid),
+            _topk_excess(one, scores, encoding.topk_grid),
         )
         largest = max(largest, _largest(excess))
         if len(excess) and not excess.max() <= tolerance:
