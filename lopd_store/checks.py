@@ -1,25 +1,23 @@
 """What the values of a part must obey: each check states its rule, in the order of spec/artifact.md, section 10.
 
-The values come as they are stored, so that the checks share nothing with the reader but the container. Positions are
-looked at some thousand at a time, which keeps everything in the cache.
+The values come as they are stored, so that the checks share nothing with the reader but the container.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from lopd_store.compiled import compiled
 from lopd_store.container import Arrays
 from lopd_store.encoding import RESPONSE_TOKEN, Encoding
 from lopd_store.errors import ArtifactError, LopdError
 from lopd_store.grid import IMPOSSIBLE, LAST_LEVEL, Grid
-from lopd_store.lookup import lookup
 from lopd_store.manifest import Counts
-from lopd_store.screen import POSITIONS, Screen
 
 _SLACK = 1e-4  # float32 sums over k + 1 terms
 
@@ -115,188 +113,144 @@ def check_topk(
         yield from _check_positions(tokens, topk, possible, where)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Positions:
-    """Some positions, each with at least one entry, for the checks that follow."""
+# What must hold at every position, in order: a bit of what the loop below reports, the code, and what to say.
+_OF_POSITIONS = (
+    (1 << 0, "A061", "entries are not in order", "log-prob descending, then id ascending"),
+    (1 << 1, "A062", "an id stands twice", None),
+    (1 << 2, "A046", "the response token is stored by its row", RESPONSE_TOKEN),
+    (1 << 3, "A063", "top-k and tail do not sum to one", "1 within the bounds of the grid"),
+    (1 << 4, "A064", "the sampled log-prob and the entry of the response token differ", None),
+    (1 << 5, "A065", "the sampled token is not among the entries, yet likelier than the tail", None),
+    (1 << 6, "A066", "the entries do not reach the coverage, and are fewer than `k_max`", None),
+    (1 << 7, "A067", "there are more entries than the coverage asks for", None),
+    (1 << 8, "A068", "the reference log-probs and their tail do not sum to one", None),
+)
 
-    numbers: npt.NDArray[np.int64]  # of the positions in the part
-    entries: npt.NDArray[np.int64]  # of the entries in the part
-    counts: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]  # of each position's entries, from 0
-    logprobs: npt.NDArray[Any]  # as stored; [entries]
-    rows: npt.NDArray[np.uint32]
-    ids: npt.NDArray[np.uint32]
-    position: npt.NDArray[np.uint32]  # of each entry, from 0
-    response_ids: npt.NDArray[np.uint32]
-    sampled: npt.NDArray[np.float32]
-    tail: npt.NDArray[np.float32]
-    half_sampled: npt.NDArray[np.float32]  # greatest errors of the two
-    half_tail: npt.NDArray[np.float32]
+
+class _Values(NamedTuple):
+    """Log-probs as places in tables of what they stand for; without a grid, each has a place of its own."""
+
+    places: npt.NDArray[Any]
+    logprobs: npt.NDArray[np.float32]
+    halves: npt.NDArray[np.float32]  # greatest errors in nats
+    least: npt.NDArray[np.float32]  # probabilities that the errors allow
+    most: npt.NDArray[np.float32]
 
 
 def _check_positions(tokens: Arrays, topk: Arrays, encoding: Encoding, where: str) -> Iterator[Finding]:
-    """The checks of every position, each reported once, where it fails first."""
-    values = _Values(encoding.topk_grid)
-    reported: set[str] = set()
-    for some in _walk(tokens, topk, encoding, values):
-        for code, failed, message, expected in _rules(some, encoding, values, topk):
-            if code not in reported and failed.any():
-                reported.add(code)
-                at = some.numbers[np.argmax(failed)]
-                yield finding(code, where, f"position {at}: {message}", expected)
-
-
-def _walk(tokens: Arrays, topk: Arrays, encoding: Encoding, values: _Values) -> Iterator[_Positions]:
-    """The positions that a quick look leaves in doubt, some at a time."""
-    ks = topk["counts"].astype(np.int64)
-    ends = np.cumsum(ks)
-    table = np.concatenate([np.zeros(1, np.uint32), topk["id_table"]])
-    response_ids = tokens["token_ids"][_is_response(tokens)]
-    sampled_values = _Values(encoding.sampled_grid)
-    known = Screen.knows(topk["id_table"], topk["logprobs"], encoding) and len(np.unique(table[1:])) == len(table) - 1
-    screen = Screen(topk["id_table"], encoding) if known else None
-    for first in range(0, len(ks), POSITIONS):
-        some = slice(first, first + POSITIONS)
-        counts, begin = ks[some], int(ends[first] - ks[first])
-        here = slice(begin, int(ends[some][-1]))
-        doubt = np.ones(len(counts), np.bool_)
-        if screen is not None:
-            doubt = screen.doubtful(
-                counts,
-                ends[some] - counts - begin,
-                topk["logprobs"][here],
-                topk["ids"][here],
-                response_ids[some],
-                tokens["sampled_logprobs"][some],
-                topk["tail_logprobs"][some],
-            )
-            if not doubt.any():
-                continue
-        numbers = np.flatnonzero(doubt) + first
-        counts = ks[numbers]
-        starts = np.cumsum(counts) - counts
-        entries = np.arange(counts.sum()) + np.repeat(ends[numbers] - counts - starts, counts)
-        position = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
-        rows, responses = topk["ids"][entries], response_ids[numbers]
-        ids = lookup(table, rows)
-        places = np.flatnonzero(rows == RESPONSE_TOKEN)
-        ids[places] = responses[position[places]]
-        stored, tail = tokens["sampled_logprobs"][numbers], topk["tail_logprobs"][numbers]
-        yield _Positions(
-            numbers=numbers,
-            entries=entries,
-            counts=counts,
-            starts=starts,
-            logprobs=topk["logprobs"][entries],
-            rows=rows,
-            ids=ids,
-            position=position,
-            response_ids=responses,
-            sampled=sampled_values.logprobs(stored),
-            tail=values.logprobs(tail),
-            half_sampled=sampled_values.halves(stored),
-            half_tail=values.halves(tail),
-        )
-
-
-def _rules(
-    some: _Positions, encoding: Encoding, values: _Values, topk: Arrays
-) -> Iterator[tuple[str, npt.NDArray[np.bool_], str, object]]:
-    """(code, which positions break it, what to say, what was expected) of every rule."""
-    size = len(some.counts)
-
-    def of(entries: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        failed = np.zeros(size, np.bool_)
-        failed[some.position[np.flatnonzero(entries)]] = True
-        return failed
-
-    nats_fall = values.descend(some.logprobs)
-    wrong = np.zeros(len(some.ids), np.bool_)
-    wrong[1:] = ~(nats_fall | ((some.logprobs[1:] == some.logprobs[:-1]) & (some.ids[1:] > some.ids[:-1])))
-    wrong[some.starts] = False
-    yield "A061", of(wrong), "entries are not in order", "log-prob descending, then id ascending"
-
-    keys = (some.position.astype(np.uint64) << np.uint64(32)) | some.ids
-    keys.sort()
-    twice = np.zeros(size, np.bool_)
-    twice[(keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)).astype(np.int64)] = True
-    yield "A062", twice, "an id stands twice", None
-
-    is_response = some.rows == RESPONSE_TOKEN
-    same = some.ids == np.repeat(some.response_ids, some.counts)
-    yield "A046", of(same & ~is_response), "the response token is stored by its row", RESPONSE_TOKEN
-
-    low, high = values.masses(some.logprobs, some.starts)
-    tail_low, tail_high = np.exp(some.tail - some.half_tail), np.exp(some.tail + some.half_tail)
-    unequal = (low + tail_low > 1 + _SLACK) | (high + tail_high < 1 - _SLACK)
-    yield "A063", unequal, "top-k and tail do not sum to one", "1 within the bounds of the grid"
-
-    inside = np.flatnonzero(is_response)
-    at = some.position[inside]
-    entry = some.logprobs[inside]
-    tolerance = values.halves(entry) + some.half_sampled[at] + _SLACK
-    differ = np.zeros(size, np.bool_)
-    differ[at] = ~(np.abs(values.logprobs(entry) - some.sampled[at]) <= tolerance)
-    yield "A064", differ, "the sampled log-prob and the entry of the response token differ", None
-
-    outside = np.ones(size, np.bool_)
-    outside[at] = False
-    likelier = some.sampled - some.half_sampled > some.tail + some.half_tail + _SLACK
-    yield "A065", outside & likelier, "the sampled token is not among the entries, yet likelier than the tail", None
-
-    if encoding.coverage < 1:
-        short = (some.counts < encoding.k_max) & (high < encoding.coverage - _SLACK) & np.isfinite(some.tail)
-        yield "A066", short, "the entries do not reach the coverage", encoding.coverage
-        if encoding.rule == "teacher":
-            last = some.starts + some.counts - 1
-            without = low - values.low(some.logprobs[last])
-            too_many = (some.counts > encoding.k_min) & (without > encoding.coverage + _SLACK)
-            yield "A067", too_many, "there are more entries than the coverage asks for", encoding.coverage
-    else:
-        short = (some.counts < encoding.k_max) & np.isfinite(some.tail)
-        yield "A066", short, "there are fewer entries than `k_max`", encoding.k_max
+    """What must hold at every position; each rule is reported once, where it fails first."""
+    offsets = np.zeros(len(topk["counts"]) + 1, np.uint64)
+    np.cumsum(topk["counts"], out=offsets[1:])
+    broken = np.zeros(len(topk["counts"]), np.uint16)
+    _find_broken(
+        offsets,
+        -topk["logprobs"] if encoding.topk_grid is None else topk["logprobs"],  # codes count downwards
+        _values(topk["logprobs"], encoding.topk_grid),
+        topk["ids"],
+        np.concatenate([np.zeros(1, np.uint32), topk["id_table"]]),
+        tokens["token_ids"][_is_response(tokens)],
+        _values(tokens["sampled_logprobs"], encoding.sampled_grid),
+        _values(topk["tail_logprobs"], encoding.topk_grid),
+        encoding.k_min,
+        encoding.k_max,
+        encoding.coverage,
+        encoding.rule == "teacher",
+        broken,
+    )
     if "reference_logprobs" in topk:
-        low, high = values.masses(topk["reference_logprobs"][some.entries], some.starts)
-        tail = topk["reference_tail_logprobs"][some.numbers]
-        tail, half = values.logprobs(tail), values.halves(tail)
-        unequal = (low + np.exp(tail - half) > 1 + _SLACK) | (high + np.exp(tail + half) < 1 - _SLACK)
-        yield "A068", unequal, "the reference log-probs and their tail do not sum to one", None
+        reference = _values(topk["reference_logprobs"], encoding.topk_grid)
+        reference_tail = _values(topk["reference_tail_logprobs"], encoding.topk_grid)
+        _find_unequal(offsets, reference, reference_tail, broken)
+    for bit, code, message, expected in _OF_POSITIONS if broken.any() else ():
+        failed = (broken & bit) > 0
+        if failed.any():
+            yield finding(code, where, f"position {np.argmax(failed)}: {message}", expected)
 
 
-class _Values:
-    """What stored log-probs stand for, by table where there is a grid: values, errors, and the masses they allow."""
+@compiled
+def _find_broken(
+    offsets: npt.NDArray[np.uint64],  # [positions + 1], of their entries; unsigned, as no index counts from the end
+    keys: npt.NDArray[Any],  # [entries], ascending where log-probs descend
+    entries: _Values,
+    rows: npt.NDArray[np.uint32],  # [entries], all in `ids`
+    ids: npt.NDArray[np.uint32],  # of each row; row 0 is the response token, whichever it is
+    response_ids: npt.NDArray[np.uint32],  # [positions]
+    sampled: _Values,
+    tail: _Values,
+    k_min: int,
+    k_max: int,
+    coverage: float,
+    of_teacher: bool,  # alone
+    broken: npt.NDArray[np.uint16],  # [positions]
+) -> None:
+    last_seen = np.zeros(len(ids), np.uint32)  # of each row, the position that had it last, from 1
+    for position in range(len(offsets) - 1):
+        response, is_among = response_ids[position], False
+        place = of_response = entries.places[offsets[position]]
+        key, id = keys[offsets[position]], np.int64(-1)
+        least, most, bits = 0.0, 0.0, 0
+        for entry in range(offsets[position], offsets[position + 1]):
+            row, place, last_key, last_id = rows[entry], entries.places[entry], key, id
+            key, id = keys[entry], np.int64(response if row == RESPONSE_TOKEN else ids[row])
+            # A061: log-probs descend; where they are equal, ids ascend. No `or`: its branch would be mispredicted.
+            if (key < last_key) | ((key == last_key) & (id <= last_id)):
+                bits |= 1 << 0
+            # A046: the response token is stored as row 0.
+            if row == RESPONSE_TOKEN:
+                is_among, of_response = True, place
+            elif id == response:
+                bits |= 1 << 2
+                row = np.uint32(RESPONSE_TOKEN)
+            # A062: no id stands twice.
+            if last_seen[row] == position + 1:
+                bits |= 1 << 1
+            last_seen[row] = position + 1
+            least += entries.least[place]
+            most += entries.most[place]
+        count = offsets[position + 1] - offsets[position]
+        at, here = tail.places[position], sampled.places[position]
+        # A063: top-k and tail sum to one within the bounds.
+        if least + tail.least[at] > 1 + _SLACK or most + tail.most[at] < 1 - _SLACK:
+            bits |= 1 << 3
+        if is_among:
+            # A064: the entry of the response token is its sampled log-prob.
+            difference = abs(entries.logprobs[of_response] - sampled.logprobs[here])
+            if not difference <= entries.halves[of_response] + sampled.halves[here] + _SLACK:
+                bits |= 1 << 4
+        # A065: outside the entries, it is part of the tail.
+        elif sampled.logprobs[here] - sampled.halves[here] > tail.logprobs[at] + tail.halves[at] + _SLACK:
+            bits |= 1 << 5
+        # A066: fewer entries than k_max reach the coverage, or are all that the teacher holds possible.
+        if count < k_max and (coverage >= 1 or most < coverage - _SLACK) and tail.logprobs[at] > -np.inf:
+            bits |= 1 << 6
+        # A067: without the last of them they do not reach it.
+        if of_teacher and coverage < 1 and count > k_min and least - entries.least[place] > coverage + _SLACK:
+            bits |= 1 << 7
+        broken[position] = bits
 
-    def __init__(self, grid: Grid | None) -> None:
-        self._grid = grid
-        if grid is not None:
-            levels, halves = grid.levels.astype(np.float64), grid.half_steps
-            with np.errstate(invalid="ignore"):
-                self._masses = (np.exp(levels - halves) + 1j * np.exp(levels + halves)).astype(np.complex64)
 
-    def logprobs(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        return stored if self._grid is None else lookup(self._grid.levels, stored)
+@compiled
+def _find_unequal(
+    offsets: npt.NDArray[np.uint64], entries: _Values, tail: _Values, broken: npt.NDArray[np.uint16]
+) -> None:
+    for position in range(len(offsets) - 1):
+        at = tail.places[position]
+        least, most = np.float64(tail.least[at]), np.float64(tail.most[at])
+        for entry in range(offsets[position], offsets[position + 1]):
+            least += entries.least[entries.places[entry]]
+            most += entries.most[entries.places[entry]]
+        # A068: the reference log-probs and their tail sum to one within the bounds.
+        if least > 1 + _SLACK or most < 1 - _SLACK:
+            broken[position] |= 1 << 8
 
-    def halves(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        return np.zeros(len(stored), np.float32) if self._grid is None else lookup(self._grid.half_steps, stored)
 
-    def descend(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Where an entry is less likely than the one before it; codes count downwards."""
-        falls: npt.NDArray[np.bool_] = stored[1:] < stored[:-1] if self._grid is None else stored[1:] > stored[:-1]
-        return falls
-
-    def masses(
-        self, stored: npt.NDArray[Any], starts: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Least and greatest sum of the probabilities of each position that the rounding allows."""
-        if self._grid is None:
-            mass = np.add.reduceat(np.exp(stored), starts)
-            return mass, mass
-        both = np.add.reduceat(lookup(self._masses, stored), starts)
-        return both.real, both.imag
-
-    def low(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """The least probability of each value."""
-        return np.exp(stored) if self._grid is None else lookup(self._masses, stored).real
+def _values(stored: npt.NDArray[Any], grid: Grid | None) -> _Values:
+    if grid is None:
+        masses, exact = np.exp(stored), np.zeros(len(stored), np.float32)
+        return _Values(np.arange(len(stored)), stored, exact, masses, masses)
+    levels, halves = grid.levels.astype(np.float64), grid.half_steps
+    least, most = np.exp(levels - halves).astype(np.float32), np.exp(levels + halves).astype(np.float32)
+    return _Values(stored, grid.levels, halves, least, most)
 
 
 def _check_logprobs(

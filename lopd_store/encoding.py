@@ -14,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lopd_store import strictjson
+from lopd_store.compiled import compiled
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.grid import Grid
-from lopd_store.lookup import lookup, pieces
 from lopd_store.topk import TopK, sort_entries
 
 Profile = Literal["compact", "exact"]
 Rule = Literal["teacher", "teacher+reference"]
 Ids = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.uint16]
 
 K_LIMIT = 32_767  # a union has at most twice as many entries, and 65,535 is the fill value of `counts`
 # Tried on a real teacher (benchmarks/format.py): a mean KL of the rounding of about 4e-5 nat.
@@ -150,34 +151,32 @@ def round_topk(topk: TopK, grid: Grid | None) -> TopK:
     return sort_entries(rounded)
 
 
-def ids_to_rows(ids: Ids, is_response: npt.NDArray[np.bool_]) -> tuple[Ids, Ids]:
-    """(table, rows): what is stored for the ids of the entries, some of which are the response token.
+def ids_to_rows(ids: Ids, counts: Counts, response_ids: Ids) -> tuple[Ids, Ids]:
+    """(table, rows): what is stored for the ids of the entries, `counts` of them at each position.
 
-    The table lists the other ids, frequent ones first: by powers of two of their frequency, then by id, so that it is
-    small itself.
+    The table lists the ids that are not their position's response token, frequent ones first: by powers of two of their
+    frequency, then by id, so that it is small itself.
     """
-    width = int(ids.max(initial=0)) + 1
-    frequency = -np.bincount(ids[is_response], minlength=width)
-    for piece in pieces(len(ids)):
-        frequency += np.bincount(ids[piece], minlength=width)
+    frequency = np.zeros(int(ids.max(initial=0)) + 1, np.int64)
+    _count_ids(ids, counts, response_ids, frequency)
     distinct = np.flatnonzero(frequency)
     octave = np.frexp(frequency[distinct])[1]
     table = distinct[np.lexsort((distinct, -octave))].astype(np.uint32)
-    row_of = np.zeros(width, np.uint32)
+    row_of = np.zeros(len(frequency), np.uint32)
     row_of[table] = np.arange(1, len(table) + 1, dtype=np.uint32)
-    rows = lookup(row_of, ids)
-    rows[is_response] = RESPONSE_TOKEN
+    rows = np.empty(len(ids), np.uint32)
+    _ids_to_rows(ids, counts, response_ids, row_of, rows)
     return table, rows
 
 
 class IdDecoder:
-    """Stored rows back to ids, piece by piece in order."""
+    """Stored rows back to ids, piece by piece in order; `counts` must add up to the entries of all pieces."""
 
-    def __init__(self, table: Ids, counts: npt.NDArray[np.uint16], response_ids: Ids) -> None:
-        self._ids = np.concatenate([np.zeros(1, np.uint32), table])  # to row 0 the response token is added
+    def __init__(self, table: Ids, counts: Counts, response_ids: Ids) -> None:
+        self._ids = np.concatenate([np.zeros(1, np.uint32), table])  # row 0 is the response token, whichever it is
         self._response_ids = response_ids
         self._ends = np.cumsum(counts, dtype=np.int64)
-        self._first = 0  # position of the next piece's first entry
+        self._position = 0  # of the next piece's first entry
 
     def decode(self, start: int, rows: Ids, out: Ids) -> None:
         """Ids of the entries from `start` on; raises ArtifactError where a row is not in the table."""
@@ -185,15 +184,46 @@ class IdDecoder:
             raise ArtifactError(
                 "a row is not in `id_table`", code="A044", expected=f"below {len(self._ids)}", actual=int(rows.max())
             )
-        lookup(self._ids, rows, out=out)
-        stop = start + len(rows)
-        last = self._first + int(np.searchsorted(self._ends[self._first :], stop))
-        here = slice(self._first, last + 1)  # the positions of these entries, the first and last perhaps in part
-        counts = np.diff(np.minimum(self._ends[here], stop), prepend=start)
-        responses = np.repeat(self._response_ids[here], counts)
-        responses *= rows == RESPONSE_TOKEN
-        out += responses
-        self._first = last
+        self._position = _rows_to_ids(rows, self._ids, self._ends, self._response_ids, start, self._position, out)
+
+
+@compiled
+def _count_ids(ids: Ids, counts: Counts, response_ids: Ids, frequency: npt.NDArray[np.int64]) -> None:
+    entry = 0
+    for position in range(len(counts)):
+        stop = entry + counts[position]
+        while entry < stop:
+            if ids[entry] != response_ids[position]:
+                frequency[ids[entry]] += 1
+            entry += 1
+
+
+@compiled
+def _ids_to_rows(ids: Ids, counts: Counts, response_ids: Ids, row_of: Ids, rows: Ids) -> None:
+    entry = 0
+    for position in range(len(counts)):
+        stop = entry + counts[position]
+        while entry < stop:
+            is_response = ids[entry] == response_ids[position]
+            rows[entry] = RESPONSE_TOKEN if is_response else row_of[ids[entry]]
+            entry += 1
+
+
+@compiled
+def _rows_to_ids(
+    rows: Ids,
+    ids: Ids,
+    ends: npt.NDArray[np.int64],  # [positions], of their entries
+    response_ids: Ids,
+    start: int,  # entry of the first row
+    position: int,  # at or before that of the first row
+    out: Ids,
+) -> int:
+    for i in range(len(rows)):
+        while start + i >= ends[position]:
+            position += 1
+        out[i] = response_ids[position] if rows[i] == RESPONSE_TOKEN else ids[rows[i]]
+    return position
 
 
 def _parse_grid(value: Any) -> Grid | None:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lopd_store.compiled import compiled
 from lopd_store.errors import InputError
-from lopd_store.lookup import lookup, pieces
+from lopd_store.lookup import lookup
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
@@ -25,6 +26,7 @@ Codes = npt.NDArray[np.uint16]
 MAX_SEGMENTS = 16
 LAST_LEVEL = 65_533  # stands for everything further down, too
 IMPOSSIBLE = 65_534  # the code of -inf; 65,535 is the fill value
+_AT_ONCE = 1 << 10  # log-probs that stay in the cache
 _STEPS = {2.0**-n for n in range(21)}
 
 
@@ -53,14 +55,8 @@ class Grid:
     def to_codes(self, logprobs: Floats) -> Codes:
         """The code of the nearest level, ties to the even one; -inf has a code of its own."""
         codes = np.empty(len(logprobs), np.uint16)
-        for piece in pieces(len(logprobs)):
-            nats = -logprobs[piece].astype(np.float64)
-            nearest = np.full(len(nats), np.inf)
-            for (start, step), base in zip(self.segments, self._bases, strict=True):
-                np.minimum(nearest, nats * (1 / step) + (base - start / step), out=nearest)
-            np.minimum(np.rint(nearest, out=nearest), LAST_LEVEL, out=nearest)
-            nearest[nats == np.inf] = IMPOSSIBLE
-            codes[piece] = nearest
+        starts, steps = np.array(self.segments).T
+        _nearest(logprobs, np.array(self._bases) - starts / steps, 1 / steps, codes)
         return codes
 
     def to_logprobs(self, codes: Codes) -> Floats:
@@ -109,3 +105,23 @@ class Grid:
         lines = [start + (codes - base) * step for (start, step), base in zip(self.segments, self._bases, strict=True)]
         nats: npt.NDArray[np.float64] = np.maximum.reduce(lines)
         return nats
+
+
+@compiled
+def _nearest(
+    logprobs: Floats,
+    offsets: npt.NDArray[np.float64],  # [segments], the code at which the line of a segment would meet 0 nat
+    codes_per_nat: npt.NDArray[np.float64],  # [segments]
+    codes: Codes,
+) -> None:
+    nearest = np.empty(_AT_ONCE, np.float64)
+    for start in range(0, len(logprobs), _AT_ONCE):
+        some, found = logprobs[start : start + _AT_ONCE], codes[start : start + _AT_ONCE]
+        nearest[:] = LAST_LEVEL
+        for segment in range(len(offsets)):
+            offset, scale = offsets[segment], codes_per_nat[segment]
+            for i in range(len(some)):
+                code = offset - some[i] * scale
+                nearest[i] = code if code < nearest[i] else nearest[i]
+        for i in range(len(some)):
+            found[i] = IMPOSSIBLE if some[i] == -np.inf else np.uint16(np.rint(nearest[i]))

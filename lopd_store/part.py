@@ -164,7 +164,7 @@ def topk_file(part: Part, encoding: Encoding) -> bytes:
     """The bytes of NNNNN.topk.zarr.zip of a rounded part."""
     topk = part.topk
     assert topk is not None
-    table, rows = ids_to_rows(topk.ids, topk.ids == np.repeat(part.response_ids, topk.counts))
+    table, rows = ids_to_rows(topk.ids, topk.counts, part.response_ids)
     arrays: Arrays = {
         "counts": topk.counts,
         "id_table": table,

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lopd_store.compiled import compiled
 from lopd_store.errors import InputError
 
 Floats = npt.NDArray[np.float32]
 _DTYPES = {"counts": np.uint16, "ids": np.uint32, "logprobs": np.float32, "tail_logprobs": np.float32}
-_SORTED_AT_ONCE = 1 << 12  # positions whose entries fit the cache
+_LONG_RUN = 64  # entries; beyond it inserting costs more than a sort does to set up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,19 +197,35 @@ def sort_entries(topk: TopK) -> TopK:
 
     Made for entries whose log-probs descend already, so that only runs of equal ones are out of order.
     """
-    ids, logprobs, reference = topk.ids.copy(), topk.logprobs, topk.reference_logprobs
-    reference = None if reference is None else reference.copy()
-    for start in range(0, len(topk.counts), _SORTED_AT_ONCE):
-        borders = topk.offsets[start : start + _SORTED_AT_ONCE + 1]
-        entries = slice(int(borders[0]), int(borders[-1]))
-        runs = np.ones(entries.stop - entries.start, np.uint64)
-        runs[1:] = logprobs[entries][1:] != logprobs[entries][:-1]
-        runs[(borders - borders[0])[:-1][np.diff(borders) > 0]] = 1
-        keys = (np.cumsum(runs, out=runs) << np.uint64(32)) | ids[entries]
-        if reference is None:
-            keys.sort()
-            ids[entries] = keys  # the lower half of a key is its id
-        else:
-            order = np.argsort(keys)
-            ids[entries], reference[entries] = ids[entries][order], reference[entries][order]
-    return replace(topk, ids=ids, reference_logprobs=reference)
+    ids, reference = topk.ids.copy(), topk.reference_logprobs
+    along = topk.logprobs.copy() if reference is None else reference.copy()  # equal where they move
+    _sort_runs(topk.counts, topk.logprobs, ids, along)
+    return replace(topk, ids=ids, reference_logprobs=None if reference is None else along)
+
+
+@compiled
+def _sort_runs(
+    counts: npt.NDArray[np.uint16],
+    logprobs: Floats,
+    ids: npt.NDArray[np.uint32],  # sorted in place where log-probs are equal
+    along: Floats,  # moved with the ids
+) -> None:
+    stop = 0
+    for position in range(len(counts)):
+        begin, stop = stop, stop + counts[position]
+        while begin < stop:
+            end = begin + 1
+            while end < stop and logprobs[end] == logprobs[begin]:
+                end += 1
+            if end - begin > _LONG_RUN:
+                order = np.argsort(ids[begin:end])
+                ids[begin:end] = ids[begin:end][order]
+                along[begin:end] = along[begin:end][order]
+                begin = end
+            for entry in range(begin + 1, end):  # each is inserted among those before it
+                place, one, other = entry, ids[entry], along[entry]
+                while place > begin and ids[place - 1] > one:
+                    ids[place], along[place] = ids[place - 1], along[place - 1]
+                    place -= 1
+                ids[place], along[place] = one, other
+            begin = end

@@ -81,7 +81,7 @@ def test_rows_give_the_ids_back_in_pieces_of_any_length(
     some: tuple[Ids, npt.NDArray[np.uint16], Ids], length: int
 ) -> None:
     ids, counts, response_ids = some
-    table, stored = ids_to_rows(ids, is_response(*some))
+    table, stored = ids_to_rows(*some)
     decoder, found = IdDecoder(table, counts, response_ids), np.empty_like(ids)
     for start in range(0, len(ids), length):
         decoder.decode(start, stored[start : start + length], found[start : start + length])
@@ -92,7 +92,7 @@ def test_rows_give_the_ids_back_in_pieces_of_any_length(
 def test_the_response_token_has_the_row_of_its_own_and_no_other_id_has_it(
     some: tuple[Ids, npt.NDArray[np.uint16], Ids],
 ) -> None:
-    _, stored = ids_to_rows(some[0], is_response(*some))
+    _, stored = ids_to_rows(*some)
     np.testing.assert_array_equal(stored == RESPONSE_TOKEN, is_response(*some))
 
 
@@ -100,7 +100,7 @@ def test_the_response_token_has_the_row_of_its_own_and_no_other_id_has_it(
 def test_the_table_lists_each_other_id_once_frequent_ones_first(
     some: tuple[Ids, npt.NDArray[np.uint16], Ids],
 ) -> None:
-    table, _ = ids_to_rows(some[0], is_response(*some))
+    table, _ = ids_to_rows(*some)
     others = some[0][~is_response(*some)].tolist()
     octave = {id: others.count(id).bit_length() for id in set(others)}
     assert table.tolist() == sorted(octave, key=lambda id: (-octave[id], id))
@@ -109,7 +109,7 @@ def test_the_table_lists_each_other_id_once_frequent_ones_first(
 @given(entries())
 def test_a_row_beyond_the_table_is_refused(some: tuple[Ids, npt.NDArray[np.uint16], Ids]) -> None:
     ids, counts, response_ids = some
-    table, stored = ids_to_rows(ids, is_response(*some))
+    table, stored = ids_to_rows(*some)
     if len(ids):
         stored[-1] = len(table) + 1
         with pytest.raises(ArtifactError, match="a row is not in `id_table`"):

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {"lopd_store": ROOT / "lopd_store", "lopd_train": ROOT / "lopd_train", "lopd_cli": ROOT / "cli"}
 # A module imports only what stands before it, wherever in the file the import is: DESIGN.md, section 3.
 LAYERS = [
-    ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "lookup", "pco"]),
+    ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "compiled", "lookup", "pco"]),
     ("values", ["models", "weights", "identity", "provenance", "grid", "topk", "encoding", "manifest", "gate", "view"]),
-    ("files", ["signatures", "container", "table", "part", "screen", "checks", "rollouts", "prompts", "card"]),
+    ("files", ["signatures", "container", "table", "part", "checks", "rollouts", "prompts", "card"]),
     ("making", ["teachers", "teachers.transformers", "plan", "scoring", "workers", "sampler", "audit", "differences"]),
     ("records", ["lineage", "declare"]),
     ("artifacts", ["reader", "rescore", "builder", "verifier", "subset", "hub"]),

@@ -83,9 +83,9 @@ def test_entries_that_rounding_made_equal_stand_by_id() -> None:
 
 def test_the_response_token_is_row_0_and_the_table_does_without_it() -> None:
     ids = np.array([9, 4, 9, 7, 9, 7, 4], np.uint32)
-    table, rows = ids_to_rows(ids, np.array([True, False, True, False, False, False, True]))
-    assert table.tolist() == [7, 4, 9]  # 7 stands twice, the others once
-    assert rows.tolist() == [0, 2, 0, 1, 3, 1, 0]
+    table, rows = ids_to_rows(ids, np.array([2, 3, 2], np.uint16), np.array([9, 3, 4], np.uint32))
+    assert table.tolist() == [7, 9, 4]  # 7 and 9 stand twice without being the response token, 4 once
+    assert rows.tolist() == [0, 3, 2, 1, 2, 1, 0]
 
 
 def test_a_row_beyond_the_table_is_refused() -> None:
