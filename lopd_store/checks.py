@@ -113,20 +113,6 @@ def check_topk(
         yield from _check_positions(tokens, topk, possible, where)
 
 
-# What must hold at every position, in order: a bit of what the loop below reports, the code, and what to say.
-_OF_POSITIONS = (
-    (1 << 0, "A061", "entries are not in order", "log-prob descending, then id ascending"),
-    (1 << 1, "A062", "an id stands twice", None),
-    (1 << 2, "A046", "the response token is stored by its row", RESPONSE_TOKEN),
-    (1 << 3, "A063", "top-k and tail do not sum to one", "1 within the bounds of the grid"),
-    (1 << 4, "A064", "the sampled log-prob and the entry of the response token differ", None),
-    (1 << 5, "A065", "the sampled token is not among the entries, yet likelier than the tail", None),
-    (1 << 6, "A066", "the entries do not reach the coverage, and are fewer than `k_max`", None),
-    (1 << 7, "A067", "there are more entries than the coverage asks for", None),
-    (1 << 8, "A068", "the reference log-probs and their tail do not sum to one", None),
-)
-
-
 class _Values(NamedTuple):
     """Log-probs as places in tables of what they stand for; without a grid, each has a place of its own."""
 
@@ -161,10 +147,28 @@ def _check_positions(tokens: Arrays, topk: Arrays, encoding: Encoding, where: st
         reference = _values(topk["reference_logprobs"], encoding.topk_grid)
         reference_tail = _values(topk["reference_tail_logprobs"], encoding.topk_grid)
         _find_unequal(offsets, reference, reference_tail, broken)
-    for bit, code, message, expected in _OF_POSITIONS if broken.any() else ():
-        failed = (broken & bit) > 0
-        if failed.any():
+    for bit, (code, message, expected) in enumerate(_rules_of_positions(encoding) if broken.any() else ()):
+        if (failed := (broken & (1 << bit)) > 0).any():
             yield finding(code, where, f"position {np.argmax(failed)}: {message}", expected)
+
+
+def _rules_of_positions(encoding: Encoding) -> tuple[tuple[str, str, object], ...]:
+    """Code, what to say and what was expected of each rule, in the order of the bits that the loops set."""
+    if encoding.coverage < 1:
+        too_few = ("A066", "the entries do not reach the coverage", encoding.coverage)
+    else:
+        too_few = ("A066", "there are fewer entries than `k_max`", encoding.k_max)
+    return (
+        ("A061", "entries are not in order", "log-prob descending, then id ascending"),
+        ("A062", "an id stands twice", None),
+        ("A046", "the response token is stored by its row", RESPONSE_TOKEN),
+        ("A063", "top-k and tail do not sum to one", "1 within the bounds of the grid"),
+        ("A064", "the sampled log-prob and the entry of the response token differ", None),
+        ("A065", "the sampled token is not among the entries, yet likelier than the tail", None),
+        too_few,
+        ("A067", "there are more entries than the coverage asks for", encoding.coverage),
+        ("A068", "the reference log-probs and their tail do not sum to one", None),
+    )
 
 
 @compiled
