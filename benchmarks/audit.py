@@ -26,7 +26,7 @@ from measure import machine
 from report import number, table, write_section
 
 import lopd_store
-from lopd_store.audit import Z_LIMIT, Statistic, add_up
+from lopd_store.statistic import Z_LIMIT, Statistic, add_up
 
 HERE = Path(__file__).parent
 SIZES = (250, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)

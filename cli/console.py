@@ -72,6 +72,11 @@ def note(text: str) -> None:
     _stderr.print(escape(_printable(text)))
 
 
+def warn(text: str) -> None:
+    """Something that is wrong and stops nothing yet, on stderr."""
+    _stderr.print(f"[bold yellow]warning[/]: {escape(_printable(text))}")
+
+
 def answer(value: Any) -> None:
     """The answer of `--json`: one JSON value on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -18,8 +18,12 @@ def answer(artifact: Artifact, json: bool) -> None:
         console.answer(facts)
     else:
         _say_facts(facts)
+    verdict = gate.judge(artifact.manifest.inputs)
+    for finding in verdict.findings:
+        if finding.audit is not None:
+            console.warn(f"{finding.reason}: {finding.audit}")
     try:
-        gate.enforce(gate.judge(artifact.manifest.inputs))
+        gate.enforce(verdict)
     except ConsistencyError as error:
         console.note(f"note: training will refuse this artifact: {error}")
 
@@ -27,7 +31,7 @@ def answer(artifact: Artifact, json: bool) -> None:
 def _facts(artifact: Artifact) -> dict[str, Any]:
     """What `inspect --json` answers."""
     manifest = artifact.manifest
-    inputs, counts = manifest.inputs, manifest.counts
+    inputs, counts, audit = manifest.inputs, manifest.counts, manifest.inputs.sft_audit
     size = sum(file.size for part in manifest.parts for file in part.files.values())
     return {
         "path": str(artifact.path),
@@ -45,7 +49,9 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
         "teacher": inputs.teacher.to_json(),
         "scoring": inputs.scoring.to_json(),
         "sft": inputs.sft.to_json(),
+        "sft_audit": None if audit is None else audit.to_json() | audit.found.to_json(),
         "rollouts": None if inputs.rollouts is None else inputs.rollouts.to_json(),
+        "rollouts_audit": None if inputs.rollouts_audit is None else inputs.rollouts_audit.to_json(),
         "consistency": gate.judge(inputs).state,
     }
 
@@ -65,10 +71,20 @@ def _say_facts(facts: dict[str, Any]) -> None:
             ("size", f"{facts['bytes']:,} bytes, {facts['bytes_per_position']} per position"),
             ("teacher", _model(facts["teacher"])),
             ("SFT teacher", f"{_model(sft['teacher'])} ({sft['status']})" if sft["teacher"] else "unknown"),
+            ("SFT data audit", _audit(facts["sft_audit"])),
             ("reference policy", _model(rollouts["policy"]) if rollouts else "unknown"),
+            ("rollouts audit", _audit(facts["rollouts_audit"])),
             ("consistency", facts["consistency"]),
         ]
     )
+
+
+def _audit(facts: dict[str, Any] | None) -> str:
+    if facts is None:
+        return "none"
+    low, high = facts["interval"]
+    effect = f"{facts['effect']:+.4f} nat per token (95 %: {low:+.4f} to {high:+.4f})"
+    return f"{facts['verdict']}: z {facts['z']:.2f}, {effect}, {facts['positions']:,} positions"
 
 
 def _selection(selection: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from lopd_store.models import PROVENANCE_FILE
 from lopd_store.provenance import CheckpointRecord, RolloutsRecord, read_checkpoint_record
 from lopd_store.reader import Artifact
 from lopd_store.rollouts import read_record
+from lopd_store.statistic import Statistic
 
 from . import console
 
@@ -104,7 +105,13 @@ def _details(link: Link) -> list[str]:
     lines = [f"{link.made} {'unknown' if link.model is None else _model(link.model)}"]
     what = {"artifact": "fingerprint", "SFT checkpoint": "weights", "student": "weights"}.get(link.thing, "file")
     lines += [] if link.digest is None else [f"{what} {link.digest}"]
-    return lines + ([] if link.prompts is None else [f"prompts {link.prompts}"])
+    lines += [] if link.prompts is None else [f"prompts {link.prompts}"]
+    audited = {"artifact": "the SFT data under the teacher"}.get(link.thing, "")
+    return lines + ([] if link.audit is None else [_audit(link.audit, audited)])
+
+
+def _audit(audit: Statistic, what: str) -> str:
+    return f"audit{f' of {what}' if what else ''}: {audit.verdict}, {audit}"
 
 
 def _model(identity: ModelIdentity) -> str:

@@ -134,10 +134,16 @@ def build(
         Path | None,
         typer.Option(metavar="PATH", help="SFT data, checkpoint or record, where the rollouts carry none."),
     ] = None,
+    sft_data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The SFT data: audit it under the teacher, and keep what was found."),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The policy that sampled the rollouts: keep its top-k too.", rich_help_panel=STORED
+            metavar="MODEL",
+            help="The policy that sampled the rollouts: keep its top-k too, and audit them under it.",
+            rich_help_panel=STORED,
         ),
     ] = None,
     k_max: Annotated[
@@ -177,12 +183,16 @@ def build(
     json: Json = False,
 ) -> None:
     """Score rollouts with the teacher and seal them as an artifact."""
-    with console.progress("build", "positions") as meter:
+    with (
+        console.progress("audit", "positions", at_once=False) as audited,
+        console.progress("build", "positions", at_once=False) as meter,
+    ):
         artifact = lopd_store.build(
             teacher=teacher,
             rollouts=rollouts,
             output=output,
             sft=sft,
+            sft_data=sft_data,
             reference=reference,
             text=not no_text,
             exact=exact,
@@ -197,6 +207,7 @@ def build(
             batch_tokens=batch_tokens,
             part_positions=part_positions,
             on_progress=meter.update,
+            on_audited=audited.update,
         )
     facts.answer(artifact, json)
 
@@ -289,6 +300,9 @@ def audit(
         float | None, typer.Option(metavar="P", help="By default as recorded in the file.", rich_help_panel=SAMPLING)
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first rollouts.")] = None,
+    positions: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use about so many positions, spread over the file.")
+    ] = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = None,
     json: Json = False,
@@ -301,6 +315,7 @@ def audit(
             temperature=temperature,
             top_p=top_p,
             limit=limit,
+            positions=positions,
             dtype=dtype.value,
             device=device,
             on_progress=meter.update,

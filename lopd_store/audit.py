@@ -2,19 +2,16 @@
 
     audit(model="sft", data="rollouts.parquet").verdict         # "consistent", "inconsistent" or "too little"
 
-If x_t is drawn from p_t, then log p_t(x_t) + H(p_t) has mean 0 and variance V_t = sum p_t log^2 p_t - H(p_t)^2, given
-everything before it. The sum over positions is a martingale, and divided by the square root of the summed variances
-it is standard normal (the martingale central limit theorem), however the positions depend on each other and wherever
-a response stops. p_t is the distribution that was drawn from: temperature applied, cut to top-p, renormalised.
+The statistic is that of `lopd_store.statistic`, over the distributions that the text was drawn from: temperature
+applied, cut to top-p, renormalised.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,68 +19,12 @@ from lopd_store.digest import digest_file
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
 from lopd_store.rollouts import Rollout, RolloutsFile
+from lopd_store.statistic import SftAudit, Statistic, Verdict, add_up
 
 if TYPE_CHECKING:
     import torch
 
-Verdict = Literal["consistent", "inconsistent", "too little"]
-Z_LIMIT = 4.0  # an honest set of thousands of positions passes it once in 16,000
-OUTSIDE_LIMIT = 1e-3  # share of tokens outside top-p that rounding in another engine may explain
-LEAST_POSITIONS = 200  # fewer are not normal enough to judge
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistic:
-    """The martingale over some positions; sums of (log p + H) and of its variance, in nats and nats squared."""
-
-    positions: int
-    outside: int  # tokens to which the model gives no probability; they are not in the sums
-    score: float
-    variance: float
-
-    @property
-    def z(self) -> float:
-        """Standard normal where the text was sampled from the model; 0 where nothing was random."""
-        return self.score / math.sqrt(self.variance) if self.variance > 0 else 0.0
-
-    @property
-    def p_value(self) -> float:
-        """Two-sided."""
-        return math.erfc(abs(self.z) / math.sqrt(2))
-
-    @property
-    def effect(self) -> float:
-        """How much likelier than its own samples the model finds the text, in nats per token."""
-        return self.score / max(self.positions - self.outside, 1)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The effect with 95 % confidence."""
-        half = 1.96 * math.sqrt(self.variance) / max(self.positions - self.outside, 1)
-        return self.effect - half, self.effect + half
-
-    @property
-    def verdict(self) -> Verdict:
-        """Inconsistent where |z| is above 4 or too many tokens could not have been drawn at all."""
-        if self.outside > max(OUTSIDE_LIMIT * self.positions, 1):
-            return "inconsistent"
-        if self.positions < LEAST_POSITIONS or self.variance == 0:
-            return "too little"
-        return "inconsistent" if abs(self.z) > Z_LIMIT else "consistent"
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the sums and what follows from them."""
-        return {
-            "positions": self.positions,
-            "outside": self.outside,
-            "score": self.score,
-            "variance": self.variance,
-            "z": self.z,
-            "p_value": self.p_value,
-            "effect": self.effect,
-            "interval": list(self.interval),
-            "verdict": self.verdict,
-        }
+SFT_POSITIONS = 20_000  # of SFT data, in a build: enough for a model fine-tuned a tenth of 50 steps away
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +64,7 @@ def audit(
     temperature: float | None = None,
     top_p: float | None = None,
     limit: int | None = None,
+    positions: int | None = None,
     dtype: str = "float32",
     device: str | None = None,
     batch_tokens: int = 4096,
@@ -131,13 +73,14 @@ def audit(
     """Test whether the responses of a rollouts or SFT data file were sampled from a model.
 
     Temperature and top-p are those of the file's record where they are not given. `limit` looks at the first rollouts
-    only. Tokens that the loss mask excludes were not sampled and do not count. `on_progress` hears (positions, in all).
+    only, `positions` at about so many positions (twice as many at most), evenly spread over the file. Tokens that the
+    loss mask excludes were not sampled and do not count. `on_progress` hears (positions, in all).
     """
     from lopd_store import models
     from lopd_store.teachers.transformers import TransformersTeacher
 
     file = RolloutsFile(data)
-    rollouts = file.read(0, limit)
+    rollouts = file.read(0, limit) if positions is None else _spread(file, positions)
     if not rollouts:
         raise DataError(f"`{data}` has no rollouts to audit")
     temperature, top_p = _sampling(file, temperature, top_p)
@@ -175,6 +118,28 @@ def audit(
         overall=add_up(statistics),
         rollouts=tuple(statistics),
     )
+
+
+def audit_sft(
+    *,
+    teacher: str | Path,
+    data: str | Path,
+    dtype: str,
+    device: str,
+    batch_tokens: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> SftAudit:
+    """The audit of SFT data that an artifact keeps: under its teacher, at about `SFT_POSITIONS` positions."""
+    found = audit(
+        model=teacher,
+        data=data,
+        positions=SFT_POSITIONS,
+        dtype=dtype,
+        device=device,
+        batch_tokens=batch_tokens,
+        on_progress=on_progress,
+    )
+    return SftAudit(data=found.data, temperature=found.temperature, top_p=found.top_p, found=found.overall)
 
 
 def score_and_variance(
@@ -224,14 +189,13 @@ def sampling_logprobs(
     return logprobs
 
 
-def add_up(statistics: Sequence[Statistic]) -> Statistic:
-    """One statistic of several."""
-    return Statistic(
-        positions=sum(one.positions for one in statistics),
-        outside=sum(one.outside for one in statistics),
-        score=math.fsum(one.score for one in statistics),
-        variance=math.fsum(one.variance for one in statistics),
-    )
+def _spread(file: RolloutsFile, positions: int) -> list[Rollout]:
+    """Every n-th rollout, so many that there are at least this many positions, if the file has them."""
+    if positions < 1:
+        raise InputError("`positions` is out of range", expected="1 or more", actual=positions)
+    every = max(1, int(file.response_lengths.sum()) // positions)
+    numbered = enumerate(rollout for batch in file.batches() for rollout in batch)
+    return [rollout for row, rollout in numbered if row % every == 0]
 
 
 def _statistic(rollout: Rollout, score: np.ndarray, variance: np.ndarray) -> Statistic:

@@ -14,6 +14,7 @@ UNNAMED = "OWNER/NAME"  # stands in the card for the repository until a push kno
 
 def render_card(manifest: Manifest, fingerprint: str) -> str:
     """The card's text; it says nothing that the manifest does not."""
+    verdict = gate.judge(manifest.inputs)
     sizes = [file.size for part in manifest.parts for file in part.files.values()]
     return _template().render(
         manifest=manifest,
@@ -21,7 +22,8 @@ def render_card(manifest: Manifest, fingerprint: str) -> str:
         counts=manifest.counts,
         fingerprint=fingerprint,
         repository=UNNAMED,
-        state=gate.judge(manifest.inputs).state,
+        state=verdict.state,
+        audited=[finding for finding in verdict.findings if finding.audit is not None],
         megabytes=sum(sizes) / 1e6,
         bytes_per_position=sum(sizes) / max(manifest.counts.positions, 1),
         size_category=_size_category(manifest.counts.rollouts),
@@ -52,6 +54,7 @@ def _template() -> Template:
         autoescape=False,
     )
     environment.filters["code"] = _code
+    environment.filters["audit"] = lambda found: f"**{found.verdict}**: {found}"
     return environment.get_template("card.md.jinja")
 
 

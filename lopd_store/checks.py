@@ -17,7 +17,9 @@ from lopd_store.container import Arrays
 from lopd_store.encoding import RESPONSE_TOKEN, Encoding
 from lopd_store.errors import ArtifactError, LopdError
 from lopd_store.grid import IMPOSSIBLE, LAST_LEVEL, Grid
+from lopd_store.lookup import lookup
 from lopd_store.manifest import Counts
+from lopd_store.statistic import Statistic, of_stored
 
 _SLACK = 1e-4  # float32 sums over k + 1 terms
 
@@ -111,6 +113,15 @@ def check_topk(
     if not broken:
         possible = replace(encoding, k_max=min(encoding.k_max, vocab_size))  # a padded head has mass, but no more ids
         yield from _check_positions(tokens, topk, possible, where)
+
+
+def audit_rollouts(tokens: Arrays, topk: Arrays, encoding: Encoding, temperature: float) -> Statistic:
+    """What the reference policy's distributions in a part say of its rollouts; only where all of it is in order."""
+    grid = encoding.topk_grid
+    stored = (topk["reference_logprobs"], topk["reference_tail_logprobs"])
+    logprobs, tails = stored if grid is None else (lookup(grid.levels, codes) for codes in stored)
+    is_response = topk["ids"] == RESPONSE_TOKEN
+    return of_stored(topk["counts"], logprobs, tails, is_response, tokens["loss_mask"], temperature)
 
 
 class _Values(NamedTuple):

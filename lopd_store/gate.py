@@ -16,24 +16,35 @@ from typing import Literal
 from lopd_store.errors import ConsistencyError
 from lopd_store.identity import ModelIdentity
 from lopd_store.manifest import Inputs
+from lopd_store.statistic import Statistic
 
 State = Literal["consistent", "inconsistent", "unknown"]
 ALLOW_UNKNOWN = "allow-unknown-sft-teacher"
 ALLOW_INCONSISTENT = "allow-inconsistent-teacher"
 OVERRIDES = (ALLOW_UNKNOWN, ALLOW_INCONSISTENT)
+Subject = Literal["teacher", "SFT data", "rollouts", "student", "tokenizer"]
 TOKENIZER_FIELDS = ("tokenizer", "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One comparison that did not come out equal, with the two identities side by side."""
+    """One comparison that did not come out equal, with the two identities side by side, or what an audit found."""
 
-    subject: Literal["teacher", "student", "tokenizer"]
+    subject: Subject
     state: State
     reason: str
     expected: ModelIdentity | None
     actual: ModelIdentity | None
     differences: tuple[str, ...]
+    audit: Statistic | None = None  # of text that is not what `expected` samples
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What was expected and what was found, in a line each."""
+        expected = describe(self.expected, self.differences)
+        if self.audit is not None:
+            return f"samples of {expected}", str(self.audit)
+        return expected, describe(self.actual, self.differences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +61,11 @@ class Verdict:
 
 
 def judge(inputs: Inputs, student: ModelIdentity | None = None) -> Verdict:
-    """Compare SFT teacher with scoring teacher and, given a student, reference policy and tokenizers with it."""
-    findings = [_teacher(inputs)]
+    """Compare SFT teacher with scoring teacher and, given a student, reference policy and tokenizers with it.
+
+    What was audited when the artifact was built speaks, too, and against every record.
+    """
+    findings = [_teacher(inputs), _sft_data(inputs), _rollouts(inputs)]
     if student is not None:
         findings += [_student(inputs, student), _tokenizer(inputs, student)]
     return Verdict(findings=tuple(finding for finding in findings if finding is not None))
@@ -67,10 +81,11 @@ def enforce(verdict: Verdict, overrides: Collection[str] = ()) -> tuple[str, ...
         override = ALLOW_UNKNOWN if finding.state == "unknown" else ALLOW_INCONSISTENT
         allowed = finding.subject != "tokenizer"
         if not (allowed and override in overrides):
+            expected, actual = finding.sides
             raise ConsistencyError(
                 f"teacher consistency is {finding.state}: {finding.reason}",
-                expected=describe(finding.expected, finding.differences),
-                actual=describe(finding.actual, finding.differences),
+                expected=expected,
+                actual=actual,
                 hint=_hint(finding, override if allowed else None),
             )
         used.append(override)
@@ -98,6 +113,34 @@ def _teacher(inputs: Inputs) -> Finding | None:
             differences=differences,
         )
     return None
+
+
+def _sft_data(inputs: Inputs) -> Finding | None:
+    if inputs.sft_audit is None or inputs.sft_audit.found.verdict != "inconsistent":
+        return None
+    return Finding(
+        subject="SFT data",
+        state="inconsistent",
+        reason="the audit finds that the teacher did not write the SFT data",
+        expected=inputs.teacher,
+        actual=None,
+        differences=(),
+        audit=inputs.sft_audit.found,
+    )
+
+
+def _rollouts(inputs: Inputs) -> Finding | None:
+    if inputs.rollouts_audit is None or inputs.rollouts_audit.verdict != "inconsistent":
+        return None
+    return Finding(
+        subject="rollouts",
+        state="inconsistent",
+        reason="the audit finds that the reference policy did not sample the rollouts",
+        expected=None if inputs.rollouts is None else inputs.rollouts.policy,
+        actual=None,
+        differences=(),
+        audit=inputs.rollouts_audit,
+    )
 
 
 def _student(inputs: Inputs, student: ModelIdentity) -> Finding | None:
@@ -167,6 +210,8 @@ def _hint(finding: Finding, override: str | None) -> str:
             "unknown": "name the SFT data or the SFT checkpoint with `lopd-store build --sft …`",
             "inconsistent": "score the rollouts with the teacher that wrote the SFT data",
         },
+        "SFT data": {"inconsistent": "look at `lopd-store audit --model TEACHER --data SFT_DATA`, and who wrote it"},
+        "rollouts": {"inconsistent": "sample new ones with `lopd-store generate`, or declare how they were sampled"},
         "student": {
             "unknown": "sample the rollouts with `lopd-store generate`, which records the policy",
             "inconsistent": "start from the checkpoint that sampled the rollouts, or sample new ones",

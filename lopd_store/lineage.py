@@ -16,6 +16,7 @@ from typing import Any, Literal
 from lopd_store.identity import ModelIdentity
 from lopd_store.manifest import Manifest
 from lopd_store.provenance import CheckpointRecord, RolloutsRecord, SftProvenance, Status
+from lopd_store.statistic import Statistic
 
 # Broken: both sides are known, and differ. Recorded: a tool of ours wrote it down, and the other side is not here.
 Mark = Literal["broken", "unknown", "declared", "recorded", "verified"]
@@ -41,6 +42,7 @@ class Link:
     name: str | None = None  # of a checkpoint
     digest: str | None = None  # of the file, of the weights, or the artifact's fingerprint
     prompts: str | None = None  # digest
+    audit: Statistic | None = None  # of the text at this link
 
     @property
     def made(self) -> str:
@@ -49,7 +51,12 @@ class Link:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with one member per field, and `made`."""
-        return {**vars(self), "made": self.made, "model": None if self.model is None else self.model.to_json()}
+        return {
+            **vars(self),
+            "made": self.made,
+            "model": None if self.model is None else self.model.to_json(),
+            "audit": None if self.audit is None else self.audit.to_json(),
+        }
 
 
 def of_manifest(manifest: Manifest, fingerprint: str, *, sft_data: RolloutsRecord | None = None) -> tuple[Link, ...]:
@@ -59,8 +66,12 @@ def of_manifest(manifest: Manifest, fingerprint: str, *, sft_data: RolloutsRecor
     return (
         _sft_data(inputs.sft, sft_data),
         _policy(checkpoint, inputs.sft, sft_data),
-        _rollouts(inputs.rollouts, inputs.rollouts_file),
-        _artifact(inputs.teacher, inputs.sft, fingerprint),
+        _audited(_rollouts(inputs.rollouts, inputs.rollouts_file), inputs.rollouts_audit, "it did not sample them"),
+        _audited(
+            _artifact(inputs.teacher, inputs.sft, fingerprint),
+            None if inputs.sft_audit is None else inputs.sft_audit.found,
+            "the teacher did not write the SFT data",
+        ),
     )
 
 
@@ -163,6 +174,13 @@ def _student(record: CheckpointRecord, artifact: Manifest | None) -> Link:
     if record.overrides:
         reason += f"; trained with {', '.join(f'--{name}' for name in record.overrides)}"
     return _checkpoint("student", record, mark, reason)
+
+
+def _audited(link: Link, audit: Statistic | None, otherwise: str) -> Link:
+    """The link with what an audit found, broken where that speaks against it."""
+    if audit is not None and audit.verdict == "inconsistent":
+        return replace(link, mark="broken", reason=f"the audit finds that {otherwise}", audit=audit)
+    return replace(link, audit=audit)
 
 
 def _held_to(link: Link, record: CheckpointRecord, model: ModelIdentity) -> Link:

@@ -22,6 +22,7 @@ from lopd_store.encoding import Encoding
 from lopd_store.errors import ArtifactError
 from lopd_store.identity import ModelIdentity
 from lopd_store.provenance import RolloutsRecord, SftProvenance
+from lopd_store.statistic import SftAudit, Statistic
 
 FORMAT = "lopd"
 MAJOR, MINOR = 1, 0
@@ -32,6 +33,7 @@ _COUNT_LIMIT = 1 << 53
 _MEMBERS = {
     *("format", "version", SEAL, "counts", "encoding", "reference_logprobs", "text", "inputs", "parts", "annotations"),
 }
+_INPUTS_MEMBERS = {"teacher", "scoring", "sft", "sft_audit", "rollouts_file", "rollouts", "rollouts_audit"}
 _FILE_MEMBERS = ("path", "size", "sha256", "xxh3_128")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
 
@@ -79,6 +81,20 @@ class Inputs:
     sft: SftProvenance
     rollouts_file: str  # digest
     rollouts: RolloutsRecord | None  # None where the file named no policy
+    sft_audit: SftAudit | None = None  # of the SFT data under the teacher; None where there was no data at hand
+    rollouts_audit: Statistic | None = None  # of the rollouts under the reference policy, from what is stored of it
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with one member per field."""
+        return {
+            "teacher": self.teacher.to_json(),
+            "scoring": self.scoring.to_json(),
+            "sft": self.sft.to_json(),
+            "sft_audit": None if self.sft_audit is None else self.sft_audit.to_json(),
+            "rollouts_file": self.rollouts_file,
+            "rollouts": None if self.rollouts is None else self.rollouts.to_json(),
+            "rollouts_audit": None if self.rollouts_audit is None else self.rollouts_audit.sums(),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +113,6 @@ class Manifest:
 
 def render(manifest: Manifest) -> bytes:
     """The bytes of manifest.json; their digest is the fingerprint."""
-    inputs = manifest.inputs
     return sealed(
         {
             "format": FORMAT,
@@ -106,17 +121,21 @@ def render(manifest: Manifest) -> bytes:
             "encoding": manifest.encoding.to_json(),
             "reference_logprobs": manifest.reference_logprobs,
             "text": manifest.text,
-            "inputs": {
-                "teacher": inputs.teacher.to_json(),
-                "scoring": inputs.scoring.to_json(),
-                "sft": inputs.sft.to_json(),
-                "rollouts_file": inputs.rollouts_file,
-                "rollouts": None if inputs.rollouts is None else inputs.rollouts.to_json(),
-            },
+            "inputs": manifest.inputs.to_json(),
             "parts": [_render_part(number, part) for number, part in enumerate(manifest.parts)],
             "annotations": dict(manifest.annotations),
         }
     )
+
+
+def audited_at(encoding: Encoding, rollouts: RolloutsRecord | None) -> float | None:
+    """The temperature at which stored distributions of the reference policy can audit its rollouts, or None.
+
+    That takes its top-k, a temperature that is known and not 0, and no top-p, whose cut what is stored cannot tell.
+    """
+    if encoding.rule != "teacher+reference" or rollouts is None or rollouts.sampling.top_p != 1:
+        return None
+    return rollouts.sampling.temperature or None
 
 
 def sealed(value: dict[str, Any]) -> bytes:
@@ -181,12 +200,10 @@ def _parse(value: dict[str, Any], where: str, newer: bool) -> Manifest:
 
 
 def _inputs(value: Any, where: str, newer: bool) -> Inputs:
-    value = strictjson.members(
-        value, {"teacher", "scoring", "sft", "rollouts_file", "rollouts"}, where=where, open_ended=newer
-    )
+    value = strictjson.members(value, _INPUTS_MEMBERS, where=where, open_ended=newer)
     if not is_digest(value["rollouts_file"]):
         raise ArtifactError(f"`{where}.rollouts_file` is not a digest")
-    rollouts = value["rollouts"]
+    rollouts, sft_audit, rollouts_audit = (value[name] for name in ("rollouts", "sft_audit", "rollouts_audit"))
     return Inputs(
         teacher=ModelIdentity.from_json(value["teacher"], where="inputs.teacher", open_ended=newer),
         scoring=_scoring(value["scoring"], f"{where}.scoring", newer),
@@ -195,6 +212,12 @@ def _inputs(value: Any, where: str, newer: bool) -> Inputs:
         rollouts=None
         if rollouts is None
         else RolloutsRecord.from_json(rollouts, where="inputs.rollouts", open_ended=newer),
+        sft_audit=None
+        if sft_audit is None
+        else SftAudit.from_json(sft_audit, where="inputs.sft_audit", open_ended=newer),
+        rollouts_audit=None
+        if rollouts_audit is None
+        else Statistic.from_json(rollouts_audit, where="inputs.rollouts_audit", open_ended=newer),
     )
 
 

@@ -39,6 +39,8 @@ class Plan:
     teacher_path: str  # where to load it; not part of what is planned
     rollouts_path: str  # likewise
     reference_path: str | None  # likewise
+    sft_data_path: str | None  # likewise
+    sft_data: str | None  # digest of the SFT data to audit
     inputs: Inputs
     encoding: Encoding
     reference_logprobs: bool
@@ -54,6 +56,7 @@ class Plan:
             "teacher": self.inputs.teacher.to_json(),
             "rollouts": self.inputs.rollouts_file,
             "sft": self.inputs.sft.to_json(),
+            "sft_data": self.sft_data,
             "encoding": self.encoding.to_json(),
             "scoring": self.inputs.scoring.to_json(),
             "text": self.text,
@@ -69,6 +72,7 @@ def make_plan(
     teacher: str,
     rollouts: Path,
     sft: Path | None,
+    sft_data: Path | None = None,
     encoding: Encoding,
     scoring: Scoring,
     reference: str | None = None,
@@ -89,14 +93,17 @@ def make_plan(
     _check_tokenizer(file, identity)
     if reference is not None:
         _check_reference(file, reference)
+    provenance = _sft_provenance(file, sft_data if sft is None else sft)
     return Plan(
         teacher_path=teacher,
         rollouts_path=str(rollouts),
         reference_path=reference,
+        sft_data_path=None if sft_data is None else str(sft_data),
+        sft_data=None if sft_data is None else _sft_data_digest(sft_data, provenance),
         inputs=Inputs(
             teacher=identity,
             scoring=scoring,
-            sft=_sft_provenance(file, sft),
+            sft=provenance,
             rollouts_file=file.digest(),
             rollouts=file.record,
         ),
@@ -183,6 +190,19 @@ def _sft_provenance(file: RolloutsFile, sft: Path | None) -> SftProvenance:
         return carried
     is_recorded = file.record is not None and file.record.status == "recorded"
     return named if is_recorded else declared(named)  # of a policy that only a person's word ties to these rollouts
+
+
+def _sft_data_digest(path: Path, sft: SftProvenance) -> str:
+    """The digest of the SFT data to audit, which must be what the policy was trained on, where that is known."""
+    digest = RolloutsFile(path).digest()
+    if sft.data not in (None, digest):
+        raise InputError(
+            f"`{path}` is not the SFT data of the reference policy",
+            expected=sft.data,
+            actual=digest,
+            hint="name the file that the reference policy was trained on, or leave `--sft-data` out",
+        )
+    return digest
 
 
 def _check_tokenizer(file: RolloutsFile, teacher: ModelIdentity) -> None:

@@ -13,10 +13,11 @@ from lopd_store import layout, strictjson, topk
 from lopd_store.digest import FileDigests, digest_contents
 from lopd_store.durable import write_durably
 from lopd_store.errors import DataError
-from lopd_store.manifest import Counts, PartEntry
+from lopd_store.manifest import Counts, PartEntry, audited_at
 from lopd_store.part import Part, read_part, rollouts_file, round_part, tokens_file, topk_file
 from lopd_store.plan import Plan
 from lopd_store.rollouts import Rollout, RolloutsFile
+from lopd_store.statistic import Statistic, of_stored
 from lopd_store.teachers import RolloutScores, Teacher
 from lopd_store.topk import TopK
 
@@ -87,8 +88,9 @@ def write_part(plan: Plan, building: Path, number: int, part: Part, columns: dic
     for kind, data in contents.items():
         write_durably(building / layout.part_file(number, kind), data)
     files = {kind: asdict(digest_contents(data)) for kind, data in contents.items()}
-    note = strictjson.pretty({"counts": part.counts.to_json(), "files": files})
-    write_durably(_note(building, number), note)
+    audited = _audit(plan, read)
+    note = {"counts": part.counts.to_json(), "files": files, "audit": None if audited is None else audited.sums()}
+    write_durably(_note(building, number), strictjson.pretty(note))
 
 
 def is_done(building: Path, number: int) -> bool:
@@ -96,12 +98,30 @@ def is_done(building: Path, number: int) -> bool:
     return _note(building, number).is_file()
 
 
-def read_note(building: Path, number: int) -> PartEntry:
-    """What the manifest will say of a part that is done."""
+def read_note(building: Path, number: int) -> tuple[PartEntry, Statistic | None]:
+    """What the manifest will say of a part that is done, and what the audit of its rollouts found."""
     path = _note(building, number)
     note = strictjson.loads(path.read_bytes(), where=str(path))
     files = {kind: FileDigests(**digests) for kind, digests in note["files"].items()}
-    return PartEntry(counts=Counts(**note["counts"]), files=files)
+    audited = None if note["audit"] is None else Statistic.from_json(note["audit"], where=str(path))
+    return PartEntry(counts=Counts(**note["counts"]), files=files), audited
+
+
+def _audit(plan: Plan, part: Part) -> Statistic | None:
+    """The rollouts of a part under the reference policy, as far as what is stored of it can tell."""
+    temperature = audited_at(plan.encoding, plan.inputs.rollouts)
+    if temperature is None:
+        return None
+    stored = part.topk
+    assert stored is not None and stored.reference_logprobs is not None and stored.reference_tail_logprobs is not None
+    return of_stored(
+        stored.counts,
+        stored.reference_logprobs,
+        stored.reference_tail_logprobs,
+        stored.ids == part.response_ids[stored.positions],
+        part.loss_mask,
+        temperature,
+    )
 
 
 def _note(building: Path, number: int) -> Path:

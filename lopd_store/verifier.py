@@ -23,13 +23,14 @@ import xxhash
 
 from lopd_store import gate, layout, reader, signatures
 from lopd_store import manifest as manifests
-from lopd_store.checks import Finding, check_tokens, check_topk, finding, finding_of
+from lopd_store.checks import Finding, audit_rollouts, check_tokens, check_topk, finding, finding_of
 from lopd_store.container import Arrays, Group
 from lopd_store.digest import digest_bytes
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.identity import ModelIdentity
-from lopd_store.manifest import Manifest
+from lopd_store.manifest import Manifest, audited_at
 from lopd_store.part import array_lengths, tokens_arrays, topk_arrays
+from lopd_store.statistic import Statistic, add_up
 from lopd_store.table import TEXT, read_lengths
 from lopd_store.view import View, read_view
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 OnBytes = Callable[[int, int], None]
 _BLOCK = 256 << 10
+_AUDIT_SLACK = 1e-4  # nats; sums are rounded, and processors differ in the last bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +143,16 @@ def verify(
         return report(*findings, view=view, manifest=manifest)
     progress = _Progress(sum(size for _, size in _entries(view, manifest)), on_bytes)
 
+    audits: dict[int, Statistic] = {}
+
     def check(number: int) -> list[Finding]:
-        return list(_check_part(directory, number, manifest, view, quick, progress))
+        return list(_check_part(directory, number, manifest, view, quick, progress, audits))
 
     with ThreadPoolExecutor(max_workers=max(1, threads or min(os.cpu_count() or 1, len(view.parts)))) as pool:
         for found in pool.map(check, view.parts):
             findings += found
+    if not findings and not quick and view.has_topk and len(view.parts) == len(manifest.parts):
+        findings += _check_audit(manifest, audits)
     if student is not None:
         findings += _check_gate(manifest, student)
     if signer is not None:
@@ -195,7 +201,13 @@ def _check_directory(directory: Path, view: View) -> Iterator[Finding]:
 
 
 def _check_part(
-    directory: Path, number: int, manifest: Manifest, view: View, quick: bool, progress: _Progress
+    directory: Path,
+    number: int,
+    manifest: Manifest,
+    view: View,
+    quick: bool,
+    progress: _Progress,
+    audits: dict[int, Statistic],
 ) -> Iterator[Finding]:
     """The bytes of every file of a part, then what they hold; a part with a broken file is not judged further."""
     contents: dict[str, memoryview] = {}
@@ -207,7 +219,7 @@ def _check_part(
     if quick or broken:
         return
     with np.errstate(all="ignore"):  # values that make arithmetic overflow become findings
-        yield from _check_contents(number, contents, manifest)
+        yield from _check_contents(number, contents, manifest, audits)
 
 
 def _check_file(
@@ -251,8 +263,10 @@ def _check_file(
         contents[kind] = data
 
 
-def _check_contents(number: int, contents: dict[str, memoryview], manifest: Manifest) -> Iterator[Finding]:
-    """A030 to A040 containers, then the values and the rollouts table."""
+def _check_contents(
+    number: int, contents: dict[str, memoryview], manifest: Manifest, audits: dict[int, Statistic]
+) -> Iterator[Finding]:
+    """A030 to A040 containers, then the values and the rollouts table; puts what the rollouts show into `audits`."""
     encoding, counts = manifest.encoding, manifest.parts[number].counts
     vocab_size, lengths = manifest.inputs.teacher.vocab_size, array_lengths(counts)
     groups: dict[str, Arrays] = {}
@@ -275,7 +289,10 @@ def _check_contents(number: int, contents: dict[str, memoryview], manifest: Mani
         return
     if layout.TOPK in groups:
         topk_where = layout.part_file(number, layout.TOPK)
-        yield from check_topk(tokens, groups[layout.TOPK], counts, encoding, vocab_size, topk_where)
+        broken = list(check_topk(tokens, groups[layout.TOPK], counts, encoding, vocab_size, topk_where))
+        yield from broken
+        if not broken and (temperature := audited_at(encoding, manifest.inputs.rollouts)) is not None:
+            audits[number] = audit_rollouts(tokens, groups[layout.TOPK], encoding, temperature)
     if layout.ROLLOUTS in contents:
         yield from _check_table(
             contents[layout.ROLLOUTS], tokens, manifest.text, layout.part_file(number, layout.ROLLOUTS)
@@ -302,15 +319,29 @@ def _check_table(data: bytes | memoryview, tokens: Arrays, text: bool, where: st
         yield finding("A072", where, "the text is not as the manifest states", claim)
 
 
+def _check_audit(manifest: Manifest, audits: dict[int, Statistic]) -> Iterator[Finding]:
+    """A069: the audit of the rollouts is what the stored distributions of the reference policy give."""
+    stored = manifest.inputs.rollouts_audit
+    derived = add_up(list(audits.values())) if audits else None
+    if stored is None or derived is None:
+        fits = stored is derived
+    else:
+        fits = (stored.positions, stored.outside) == (derived.positions, derived.outside) and all(
+            abs(getattr(stored, name) - getattr(derived, name)) <= _AUDIT_SLACK for name in ("score", "variance")
+        )
+    if not fits:
+        shown = ["none" if one is None else one.sums() for one in (derived, stored)]
+        yield finding("A069", layout.MANIFEST, "`inputs.rollouts_audit` is not what the stored values give", *shown)
+
+
 def _check_gate(manifest: Manifest, student: ModelIdentity) -> Iterator[Finding]:
-    """A080: the gate finds teacher, student and tokenizer consistent."""
+    """A080: the gate finds teacher, student, tokenizer and audits consistent."""
     for found in gate.judge(manifest.inputs, student).findings:
         yield finding(
             "A080",
             f"inputs ({found.subject})",
             f"teacher consistency is {found.state}: {found.reason}",
-            gate.describe(found.expected, found.differences),
-            gate.describe(found.actual, found.differences),
+            *found.sides,
         )
 
 

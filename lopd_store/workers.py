@@ -80,7 +80,7 @@ def _score_here(plan: Plan, building: Path, missing: list[int], report: Callable
         scored += count
         report(scored)
 
-    with _torch_threads(plan.threads):
+    with torch_threads(plan.threads):
         teacher = _load_teacher(plan)
         for number in missing:
             write_part(plan, building, number, *score_part(plan, teacher, number, on_positions))
@@ -158,7 +158,8 @@ def _load_teacher(plan: Plan) -> Teacher:
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """What runs in here computes with so many threads, which can change the last bits of a log-prob."""
     import torch
 
     before = torch.get_num_threads()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from lopd_store.container import Group, pack
 from lopd_store.digest import FileDigests, digest_bytes, digest_contents
 from lopd_store.encoding import Encoding, make_encoding
 from lopd_store.identity import ModelIdentity
-from lopd_store.manifest import Counts, Inputs, Manifest, PartEntry, Scoring, parse, render, sealed
+from lopd_store.manifest import Counts, Inputs, Manifest, PartEntry, Scoring, audited_at, parse, render, sealed
 from lopd_store.part import Part, rollouts_file, round_part, tokens_arrays, tokens_file, topk_arrays, topk_file
 from lopd_store.provenance import UNKNOWN_SFT, RolloutsRecord, Sampling, SftProvenance
+from lopd_store.statistic import SftAudit, Statistic, add_up, of_stored
 from lopd_store.topk import Candidates, select
 from lopd_store.view import View
 
@@ -78,6 +79,32 @@ def sampled_by(name: str, **changes: Any) -> RolloutsRecord:
         prompts=digest_bytes(b"prompts"),
         sampling=Sampling(temperature=1.0, top_p=1.0, max_response_tokens=8, samples_per_prompt=1, seed=0),
     )
+
+
+def sampled_at(temperature: float, top_p: float = 1.0) -> RolloutsRecord:
+    """Rollouts of the student at another temperature or top-p."""
+    record = sampled_by("student")
+    return replace(record, sampling=replace(record.sampling, temperature=temperature, top_p=top_p))
+
+
+def audited(positions: int = 20_000, outside: int = 0, score: float = 10.0, variance: float = 20_000.0) -> SftAudit:
+    """What an audit of the SFT data found: by default that it is honest."""
+    found = Statistic(positions=positions, outside=outside, score=score, variance=variance)
+    return SftAudit(data=digest_bytes(b"sft data"), temperature=1.0, top_p=1.0, found=found)
+
+
+def rollouts_audit(parts: Sequence[Part], encoding: Encoding, rollouts: RolloutsRecord | None) -> Statistic | None:
+    """What the stored distributions of the reference policy say of its rollouts."""
+    if (temperature := audited_at(encoding, rollouts)) is None:
+        return None
+    found = []
+    for part in parts:
+        topk = part.topk
+        assert topk is not None and topk.reference_logprobs is not None and topk.reference_tail_logprobs is not None
+        is_response = topk.ids == part.response_ids[topk.positions]
+        of_reference = (topk.reference_logprobs, topk.reference_tail_logprobs)
+        found.append(of_stored(topk.counts, *of_reference, is_response, part.loss_mask, temperature))
+    return Statistic(**add_up(found).sums())
 
 
 def make_part(
@@ -138,6 +165,7 @@ def whole(
     table: dict[str, Any] | None = None,
     vocab_size: int = VOCABULARY,
     sft: SftProvenance = UNKNOWN_SFT,
+    sft_audit: SftAudit | None = None,
     rollouts: RolloutsRecord | None = None,
     annotations: dict[str, Any] | None = None,
 ) -> Tree:
@@ -161,6 +189,8 @@ def whole(
         sft=sft,
         rollouts_file=digest_bytes(b"rollouts"),
         rollouts=rollouts,
+        sft_audit=sft_audit,
+        rollouts_audit=rollouts_audit(parts, encoding, rollouts),
     )
     manifest = Manifest(
         counts=Counts(**totals),

@@ -50,7 +50,7 @@ class Vector:
 def vectors() -> dict[str, Vector]:
     """Every vector by the name of its directory, CODE_SLUG."""
     found: dict[str, Vector] = {}
-    for recipes in (manifests, directories, views, documents, files, zips, values, tables, gates, signed):
+    for recipes in (manifests, directories, views, documents, files, zips, values, tables, audits, gates, signed):
         for code, slug, vector in recipes():
             assert f"{code}_{slug}" not in found and code in vector.codes
             found[f"{code}_{slug}"] = vector
@@ -134,7 +134,12 @@ def documents() -> Made:
         yield one("A011", slug, with_manifest(tree, text(data)))
     for slug, text in hostile_json.OTHER_FORMS.items():
         yield one("A012", slug, with_manifest(tree, text(data)))
-    consistent = viewed(whole(sft=taught_by("teacher"), rollouts=sampled_by("student")), [layout.TOKENS])
+    said: dict[str, Any] = {
+        "sft": taught_by("teacher"),
+        "sft_audit": artifact.audited(),
+        "rollouts": sampled_by("student"),
+    }
+    consistent = viewed(whole(**said), [layout.TOKENS])
     for code, edits in hostile_json.EDITS.items():
         for slug, (path, value) in edits.items():
             yield one(code, slug, edited(consistent if code == "A018" else tree, path, value))
@@ -198,6 +203,24 @@ def tables() -> Made:
         yield one(code, slug, break_it(with_table()))
 
 
+def audits() -> Made:
+    both = replace(artifact.COMPACT, rule="teacher+reference")
+    tree = whole(encoding=both, rollouts=sampled_by("student"))
+    stored = document(tree)["inputs"]["rollouts_audit"]
+    for slug, audit in {
+        "none": None,
+        "another_score": stored | {"score": stored["score"] + 0.001},
+        "another_variance": stored | {"variance": stored["variance"] - 0.001},
+        "fewer_positions": stored | {"positions": stored["positions"] - 1},
+        "one_outside": stored | {"outside": 1},
+    }.items():
+        yield one("A069", slug, edited(tree, "inputs.rollouts_audit", audit))
+    yield one("A069", "of_another_temperature", edited(tree, "inputs.rollouts.sampling.temperature", 0.7))
+    yield one("A069", "though_nobody_knows_the_policy", edited(whole(encoding=both), "inputs.rollouts_audit", stored))
+    alone = edited(whole(rollouts=sampled_by("student")), "inputs.rollouts_audit", stored)
+    yield one("A069", "without_the_top_k_of_the_reference_policy", alone)
+
+
 def gates() -> Made:
     student = identity("student")
     policy = sampled_by("student")
@@ -208,6 +231,15 @@ def gates() -> Made:
 
     yield one("A080", "unknown_sft_teacher", tokens(rollouts=policy), student=student)
     yield one("A080", "another_sft_teacher", tokens(rollouts=policy, sft=taught_by("other")), student=student)
+    spoiled = artifact.audited(score=-700.0)
+    yield one(
+        "A080", "audit_against_the_sft_data", tokens(rollouts=policy, sft=taught, sft_audit=spoiled), student=student
+    )
+    spoiled = artifact.audited(outside=30)
+    yield one("A080", "impossible_sft_data", tokens(rollouts=policy, sft=taught, sft_audit=spoiled), student=student)
+    against = {"positions": 300, "outside": 0, "score": 90.0, "variance": 400.0}
+    rollouts = edited(tokens(rollouts=policy, sft=taught), "inputs.rollouts_audit", against)
+    yield one("A080", "audit_against_the_rollouts", rollouts, student=student)
     yield one("A080", "unknown_policy", tokens(sft=taught), student=student)
     yield one("A080", "another_student", tokens(rollouts=policy, sft=taught), student=identity("other"))
     quantised = replace(student, quantization="gguf")

@@ -22,10 +22,12 @@ from recipes.artifact import (
     PAIRS,
     Tree,
     Weights,
+    audited,
     document,
     identity,
     make_part,
     make_table,
+    sampled_at,
     sampled_by,
     taught_by,
     viewed,
@@ -34,6 +36,7 @@ from recipes.artifact import (
 )
 
 RECIPES: dict[str, Callable[[], Tree]] = {}
+BOTH = replace(COMPACT, rule="teacher+reference")
 TWO_CHUNKS = (1 << 18) + 1
 
 
@@ -155,12 +158,46 @@ def redacted() -> Tree:
 
 @recipe
 def teacher_and_reference() -> Tree:
-    return whole(encoding=replace(COMPACT, rule="teacher+reference"))
+    return whole(encoding=BOTH)
 
 
 @recipe
 def teacher_and_reference_exact() -> Tree:
     return whole(encoding=replace(EXACT, rule="teacher+reference"))
+
+
+@recipe
+def audited_rollouts() -> Tree:
+    parts = [make_part(encoding=BOTH, seed=seed) for seed in range(2)]
+    return whole(parts, BOTH, rollouts=sampled_by("student"))
+
+
+@recipe
+def audited_rollouts_exact() -> Tree:
+    encoding = replace(EXACT, rule="teacher+reference")
+    return whole(encoding=encoding, rollouts=sampled_by("student"))
+
+
+@recipe
+def audited_rollouts_at_another_temperature() -> Tree:
+    """The response token of some position is no entry, and does not count."""
+    part = make_part(encoding=BOTH, support=[3, 4, 5, 7, 9, 10, 11, 12, 13])
+    return whole([part], BOTH, rollouts=sampled_at(0.7))
+
+
+@recipe
+def rollouts_of_top_p_that_nobody_audits() -> Tree:
+    return whole(encoding=BOTH, rollouts=sampled_at(1.0, top_p=0.9))
+
+
+@recipe
+def greedy_rollouts_that_nobody_audits() -> Tree:
+    return whole(encoding=BOTH, rollouts=sampled_at(0.0))
+
+
+@recipe
+def audited_sft_data() -> Tree:
+    return whole(sft=taught_by("teacher"), sft_audit=audited(), rollouts=sampled_by("student"))
 
 
 @recipe

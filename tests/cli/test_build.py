@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import lopd_store
+import lopd_store.rollouts
 from tests.commands import Ran, run_command
 from tests.pipeline import PART_POSITIONS
 from tests.tiny import save_tiny_model
@@ -75,6 +77,38 @@ def test_another_teacher_than_that_of_the_sft_data_is_said_with_both_identities(
     wrote, scored = ran.json["sft"]["teacher"]["weights"], ran.json["teacher"]["weights"]
     assert f"  expected  teacher  (weights {wrote[7:19]}…)\n" in ran.stderr
     assert f"  actual    other-teacher  (weights {scored[7:19]}…)\n" in ran.stderr
+
+
+def test_an_audit_that_accuses_is_a_warning_and_shows_wherever_the_artifact_does(
+    teacher_dir: Path, other_teacher_dir: Path, student_dir: Path, prompts_file: Path, rollouts_file: Path, here: Path
+) -> None:
+    lopd_store.generate(
+        model=other_teacher_dir,
+        prompts=prompts_file,
+        output="theirs.parquet",
+        max_response_tokens=32,
+        samples_per_prompt=4,
+    )
+    record = lopd_store.rollouts.RolloutsFile(rollouts_file).record
+    assert record is not None
+    claimed = replace(record, policy=lopd_store.identify(teacher_dir))
+    lopd_store.rollouts.RolloutsFile("theirs.parquet").copy(Path("sft.parquet"), claimed)
+    ran = build(teacher_dir, rollouts_file, "--sft-data", "sft.parquet", "--reference", student_dir)
+    warned, refused = ran.stderr.splitlines()[:2]
+    assert ran.code == 0 and warned.startswith(
+        "warning: the audit finds that the teacher did not write the SFT data: z -"
+    )
+    assert refused.startswith(
+        "note: training will refuse this artifact: teacher consistency is inconsistent: the audit"
+    )
+    assert "SFT data audit    inconsistent: z -" in ran.stdout
+    assert "rollouts audit    consistent: z " in ran.stdout
+    drawn = run_command("lopd-store", "inspect", "artifact", "--lineage").stdout
+    assert "artifact: broken (the audit finds that the teacher did not write the SFT data)" in drawn
+    assert "audit of the SFT data under the teacher: inconsistent, z -" in drawn
+    assert "audit: consistent, z " in drawn
+    links = run_command("lopd-store", "inspect", "artifact", "--lineage", "--json").json["links"]
+    assert [link["audit"] and link["audit"]["verdict"] for link in links] == [None, None, "consistent", "inconsistent"]
 
 
 def test_names_of_people_machines_and_folders_are_in_no_file(

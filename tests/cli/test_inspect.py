@@ -35,7 +35,9 @@ def test_a_table_for_people_names_everything_once(sealed: Path) -> None:
         "size": rows["size"].strip(),
         "teacher": f"teacher  weights {teacher.weights[7:19]}…",
         "SFT teacher": f"teacher  weights {teacher.weights[7:19]}… (declared)",
+        "SFT data audit": "none",
         "reference policy": rows["reference policy"].strip(),
+        "rollouts audit": "none",
         "consistency": "consistent",
     }
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import lopd_store
-from lopd_store.audit import LEAST_POSITIONS, Statistic, add_up, score_and_variance
+from lopd_store.audit import score_and_variance
 from lopd_store.errors import DataError, InputError
 from lopd_store.rollouts import RolloutsFile
+from lopd_store.statistic import LEAST_POSITIONS, Statistic, add_up
 from tests.artifacts import random_pairs, save_rollouts
 
 

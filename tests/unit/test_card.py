@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lopd_store.card import render_card, tag_of
+from lopd_store.statistic import SftAudit, Statistic
 from tests.artifacts import identity_named
 from tests.records import DATA, INPUTS, make_manifest
 
@@ -15,6 +16,18 @@ def test_the_card_names_the_fingerprint_the_teacher_and_the_verdict() -> None:
     card = render_card(make_manifest(), DATA)
     for text in (DATA, "teacher", INPUTS.teacher.weights, "consistent", "at most 64, until 99 % of the mass"):
         assert text in card
+
+
+def test_the_card_shows_what_audits_found_and_warns_where_they_accuse() -> None:
+    honest = Statistic(positions=20_000, outside=0, score=90.0, variance=40_000.0)
+    sft_audit = SftAudit(data=DATA, temperature=1.0, top_p=1.0, found=replace(honest, score=-900.0))
+    inputs = replace(INPUTS, sft_audit=sft_audit, rollouts_audit=honest)
+    card = render_card(make_manifest(inputs=inputs), DATA)
+    assert "| audit of the SFT data under the teacher | **inconsistent**: z -4.5, -0.0450 nat per token" in card
+    assert "| audit of the rollouts under it | **consistent**: z 0.5, +0.0045 nat per token" in card
+    assert card.count("**Warning:**") == 1
+    assert "**Warning:** the audit finds that the teacher did not write the SFT data." in card
+    assert "audit" not in render_card(make_manifest(), DATA)
 
 
 def test_the_card_begins_with_its_metadata() -> None:

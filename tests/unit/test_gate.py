@@ -11,6 +11,7 @@ from lopd_store.gate import ALLOW_INCONSISTENT, ALLOW_UNKNOWN, OVERRIDES, enforc
 from lopd_store.identity import ModelIdentity
 from lopd_store.manifest import Inputs
 from lopd_store.provenance import UNKNOWN_SFT
+from lopd_store.statistic import SftAudit, Statistic
 from tests.artifacts import identity_named
 from tests.records import INPUTS, OTHER_STUDENT, OTHER_TEACHER, SFT, STUDENT
 
@@ -19,6 +20,17 @@ OTHER_SFT_TEACHER = replace(INPUTS, sft=replace(SFT, teacher=OTHER_TEACHER))
 UNKNOWN_POLICY = replace(INPUTS, rollouts=None)
 OTHER_TOKENIZER = identity_named("student", tokenizer=identity_named("x").weights)
 LARGER_VOCABULARY = identity_named("student", vocab_size=301)
+
+ACCUSED = Statistic(positions=20_000, outside=0, score=-900.0, variance=40_000.0)
+HONEST = replace(ACCUSED, score=90.0)
+TOO_LITTLE = replace(ACCUSED, positions=100)
+ACCUSED_SFT, HONEST_SFT, LITTLE_SFT = (
+    replace(INPUTS, sft_audit=SftAudit(data=SFT.data or "", temperature=1.0, top_p=1.0, found=found))
+    for found in (ACCUSED, HONEST, TOO_LITTLE)
+)
+ACCUSED_ROLLOUTS, HONEST_ROLLOUTS, LITTLE_ROLLOUTS = (
+    replace(INPUTS, rollouts_audit=found) for found in (ACCUSED, HONEST, TOO_LITTLE)
+)
 
 TABLE = [
     # inputs, student, state, subjects, overrides that are needed
@@ -32,6 +44,16 @@ TABLE = [
     (UNKNOWN_POLICY, None, "consistent", (), ()),
     (UNKNOWN_TEACHER, OTHER_STUDENT, "inconsistent", ("teacher", "student"), (ALLOW_INCONSISTENT, ALLOW_UNKNOWN)),
     (OTHER_SFT_TEACHER, OTHER_STUDENT, "inconsistent", ("teacher", "student"), (ALLOW_INCONSISTENT,)),
+    (HONEST_SFT, STUDENT, "consistent", (), ()),
+    (LITTLE_SFT, STUDENT, "consistent", (), ()),
+    (ACCUSED_SFT, STUDENT, "inconsistent", ("SFT data",), (ALLOW_INCONSISTENT,)),
+    (ACCUSED_SFT, None, "inconsistent", ("SFT data",), (ALLOW_INCONSISTENT,)),
+    (HONEST_ROLLOUTS, STUDENT, "consistent", (), ()),
+    (LITTLE_ROLLOUTS, STUDENT, "consistent", (), ()),
+    (ACCUSED_ROLLOUTS, STUDENT, "inconsistent", ("rollouts",), (ALLOW_INCONSISTENT,)),
+    (ACCUSED_ROLLOUTS, None, "inconsistent", ("rollouts",), (ALLOW_INCONSISTENT,)),
+    (replace(ACCUSED_SFT, sft=UNKNOWN_SFT), None, "inconsistent", ("teacher", "SFT data"), OVERRIDES),
+    (replace(HONEST_SFT, sft=UNKNOWN_SFT), None, "unknown", ("teacher",), (ALLOW_UNKNOWN,)),
 ]
 TABLE_NAMES = ("inputs", "student", "state", "subjects", "needed")
 
@@ -82,6 +104,17 @@ def test_a_refusal_shows_both_identities_where_they_differ() -> None:
         f"  actual    teacher  (weights {found}…)\n\n"
         "hint: score the rollouts with the teacher that wrote the SFT data; "
         "or, knowing that the gradient is biased, pass `--allow-inconsistent-teacher`"
+    )
+
+
+def test_a_refusal_for_an_audit_shows_what_was_found() -> None:
+    weights = INPUTS.teacher.weights[7:19]
+    with pytest.raises(ConsistencyError) as refusal:
+        enforce(judge(ACCUSED_SFT))
+    assert str(refusal.value).startswith(
+        "teacher consistency is inconsistent: the audit finds that the teacher did not write the SFT data\n"
+        f"  expected  samples of teacher  (weights {weights}…)\n"
+        "  actual    z -4.5, -0.0450 nat per token (-0.0646 to -0.0254), 20,000 positions\n"
     )
 
 
