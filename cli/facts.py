@@ -6,6 +6,7 @@ from typing import Any
 
 from lopd_store import gate, layout
 from lopd_store.errors import ConsistencyError, InputError
+from lopd_store.license import License
 from lopd_store.reader import Artifact
 
 from . import console
@@ -47,6 +48,7 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
         "encoding": manifest.encoding.to_json(),
         "reference_logprobs": manifest.reference_logprobs,
         "teacher": inputs.teacher.to_json(),
+        "license": inputs.license.to_json(),
         "scoring": inputs.scoring.to_json(),
         "sft": inputs.sft.to_json(),
         "sft_audit": None if audit is None else audit.to_json() | audit.found.to_json(),
@@ -70,6 +72,7 @@ def _say_facts(facts: dict[str, Any]) -> None:
             ("top-k", f"mean k {facts['mean_k']}; {_selection(selection)}"),
             ("size", f"{facts['bytes']:,} bytes, {facts['bytes_per_position']} per position"),
             ("teacher", _model(facts["teacher"])),
+            ("licence", str(License(**facts["license"]))),
             ("SFT teacher", f"{_model(sft['teacher'])} ({sft['status']})" if sft["teacher"] else "unknown"),
             ("SFT data audit", _audit(facts["sft_audit"])),
             ("reference policy", _model(rollouts["policy"]) if rollouts else "unknown"),

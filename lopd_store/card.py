@@ -7,6 +7,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from lopd_store import gate
+from lopd_store.license import UNKNOWN_LICENSE
 from lopd_store.manifest import Manifest
 
 UNNAMED = "OWNER/NAME"  # stands in the card for the repository until a push knows it
@@ -54,6 +55,7 @@ def _template() -> Template:
         autoescape=False,
     )
     environment.filters["code"] = _code
+    environment.filters["license"] = lambda found: "unknown" if found == UNKNOWN_LICENSE else _code(found)
     environment.filters["audit"] = lambda found: f"**{found.verdict}**: {found}"
     return environment.get_template("card.md.jinja")
 

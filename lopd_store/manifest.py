@@ -21,6 +21,7 @@ from lopd_store.digest import XXH3_PATTERN, FileDigests, digest_json, is_digest
 from lopd_store.encoding import Encoding
 from lopd_store.errors import ArtifactError
 from lopd_store.identity import ModelIdentity
+from lopd_store.license import UNKNOWN_LICENSE, License
 from lopd_store.provenance import RolloutsRecord, SftProvenance
 from lopd_store.statistic import SftAudit, Statistic
 
@@ -33,7 +34,9 @@ _COUNT_LIMIT = 1 << 53
 _MEMBERS = {
     *("format", "version", SEAL, "counts", "encoding", "reference_logprobs", "text", "inputs", "parts", "annotations"),
 }
-_INPUTS_MEMBERS = {"teacher", "scoring", "sft", "sft_audit", "rollouts_file", "rollouts", "rollouts_audit"}
+_INPUTS_MEMBERS = {
+    *("teacher", "license", "scoring", "sft", "sft_audit", "rollouts_file", "rollouts", "rollouts_audit"),
+}
 _FILE_MEMBERS = ("path", "size", "sha256", "xxh3_128")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
 
@@ -77,6 +80,7 @@ class Inputs:
     """Where the artifact came from: what the gate compares."""
 
     teacher: ModelIdentity
+    license: License = UNKNOWN_LICENSE  # of the teacher
     scoring: Scoring
     sft: SftProvenance
     rollouts_file: str  # digest
@@ -88,6 +92,7 @@ class Inputs:
         """A JSON object with one member per field."""
         return {
             "teacher": self.teacher.to_json(),
+            "license": self.license.to_json(),
             "scoring": self.scoring.to_json(),
             "sft": self.sft.to_json(),
             "sft_audit": None if self.sft_audit is None else self.sft_audit.to_json(),
@@ -206,6 +211,7 @@ def _inputs(value: Any, where: str, newer: bool) -> Inputs:
     rollouts, sft_audit, rollouts_audit = (value[name] for name in ("rollouts", "sft_audit", "rollouts_audit"))
     return Inputs(
         teacher=ModelIdentity.from_json(value["teacher"], where="inputs.teacher", open_ended=newer),
+        license=License.from_json(value["license"], where="inputs.license", open_ended=newer),
         scoring=_scoring(value["scoring"], f"{where}.scoring", newer),
         sft=SftProvenance.from_json(value["sft"], where="inputs.sft", open_ended=newer),
         rollouts_file=value["rollouts_file"],

@@ -27,7 +27,7 @@ PROVENANCE_FILE = "lopd-provenance.json"
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from lopd_store.container import MAX_VALUES
 from lopd_store.encoding import Encoding
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
+from lopd_store.license import read_license
 from lopd_store.manifest import Inputs, Scoring
 from lopd_store.models import PROVENANCE_FILE, pick_device
 from lopd_store.provenance import (
@@ -102,6 +103,7 @@ def make_plan(
         sft_data=None if sft_data is None else _sft_data_digest(sft_data, provenance),
         inputs=Inputs(
             teacher=identity,
+            license=read_license(teacher),
             scoring=scoring,
             sft=provenance,
             rollouts_file=file.digest(),

@@ -21,6 +21,7 @@ from lopd_store.container import Group, pack
 from lopd_store.digest import FileDigests, digest_bytes, digest_contents
 from lopd_store.encoding import Encoding, make_encoding
 from lopd_store.identity import ModelIdentity
+from lopd_store.license import UNKNOWN_LICENSE, License
 from lopd_store.manifest import Counts, Inputs, Manifest, PartEntry, Scoring, audited_at, parse, render, sealed
 from lopd_store.part import Part, rollouts_file, round_part, tokens_arrays, tokens_file, topk_arrays, topk_file
 from lopd_store.provenance import UNKNOWN_SFT, RolloutsRecord, Sampling, SftProvenance
@@ -164,6 +165,7 @@ def whole(
     text: bool = True,
     table: dict[str, Any] | None = None,
     vocab_size: int = VOCABULARY,
+    license: License = UNKNOWN_LICENSE,
     sft: SftProvenance = UNKNOWN_SFT,
     sft_audit: SftAudit | None = None,
     rollouts: RolloutsRecord | None = None,
@@ -185,6 +187,7 @@ def whole(
     totals = {name: sum(getattr(entry.counts, name) for entry in entries) for name in Counts.__annotations__}
     inputs = Inputs(
         teacher=identity("teacher", vocab_size=vocab_size, output_width=vocab_size + 8),
+        license=license,
         scoring=Scoring(engine="transformers", dtype="float32"),
         sft=sft,
         rollouts_file=digest_bytes(b"rollouts"),

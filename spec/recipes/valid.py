@@ -11,6 +11,7 @@ import numpy as np
 from lopd_store import layout
 from lopd_store.encoding import make_encoding
 from lopd_store.grid import Grid
+from lopd_store.license import License
 from lopd_store.manifest import sealed
 from lopd_store.part import Part, round_part
 from lopd_store.provenance import CheckpointRecord
@@ -193,6 +194,11 @@ def rollouts_of_top_p_that_nobody_audits() -> Tree:
 @recipe
 def greedy_rollouts_that_nobody_audits() -> Tree:
     return whole(encoding=BOTH, rollouts=sampled_at(0.0))
+
+
+@recipe
+def licensed_teacher() -> Tree:
+    return whole(license=License(id="other", name="acme-1", link="https://acme.example/license", gated=True))
 
 
 @recipe

@@ -34,6 +34,7 @@ def test_a_table_for_people_names_everything_once(sealed: Path) -> None:
         "top-k": f"mean k {counts.entries / counts.positions:.2f}; at most 64, coverage 0.99",
         "size": rows["size"].strip(),
         "teacher": f"teacher  weights {teacher.weights[7:19]}…",
+        "licence": "unknown",
         "SFT teacher": f"teacher  weights {teacher.weights[7:19]}… (declared)",
         "SFT data audit": "none",
         "reference policy": rows["reference policy"].strip(),

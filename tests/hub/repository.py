@@ -63,6 +63,7 @@ class Repository:
     type: str  # "model", "dataset" or "space"
     id: str  # OWNER/NAME
     private: bool = False
+    gated: bool | str = False  # False, "auto" or "manual"
     commits: dict[str, Commit] = field(default_factory=dict)  # by object id, oldest first
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)

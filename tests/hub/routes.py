@@ -117,7 +117,7 @@ def repo_info(hub: "HubServer", request: Request, repo: Repository, revision: st
             "createdAt": date(first),
             "lastModified": date(commit),
             "private": repo.private,
-            "gated": False,
+            "gated": repo.gated,
             "disabled": False,
             "downloads": 0,
             "likes": 0,

@@ -10,7 +10,9 @@ from huggingface_hub import HfApi
 import lopd_store
 import lopd_store.rollouts
 from lopd_store.errors import DataError, InputError
+from lopd_store.license import License, read_license
 from tests.commands import run_command
+from tests.hub.routes import Answer
 from tests.hub.server import HubServer
 
 
@@ -43,6 +45,24 @@ def test_a_model_on_the_hub_samples_and_is_recorded(model_id: str, prompts_file:
     assert ran.code == 0, ran.stderr
     record = lopd_store.rollouts.RolloutsFile(output).record
     assert record is not None and record.policy.name == model_id
+
+
+@pytest.mark.parametrize(("gated", "known"), [(False, False), ("auto", True), ("manual", True)])
+def test_licence_and_gating_come_from_the_card_and_the_hub(
+    hub: HubServer, model_id: str, gated: bool | str, known: bool
+) -> None:
+    card = b"---\nlicense: other\nlicense_name: acme-1\n---\n# Teacher\n"
+    HfApi().upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=model_id)
+    hub.repo(model_id, repo_type="model").gated = gated
+    assert read_license(model_id) == License(id="other", name="acme-1", gated=known)
+
+
+def test_gating_is_unknown_where_the_hub_does_not_answer(
+    hub: HubServer, model_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lopd_store.identify(model_id)
+    hub.fault = lambda method, path: Answer(status=503) if path.startswith("/api/models") else None
+    assert read_license(model_id).gated is None
 
 
 def test_pickled_weights_on_the_hub_are_not_even_fetched(hub: HubServer) -> None:

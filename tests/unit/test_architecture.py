@@ -15,7 +15,7 @@ PACKAGES = {"lopd_store": ROOT / "lopd_store", "lopd_train": ROOT / "lopd_train"
 # A module imports only what stands before it, wherever in the file the import is: DESIGN.md, section 3.
 LAYERS = [
     ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "compiled", "lookup", "pco"]),
-    ("models", ["models", "weights", "identity", "provenance"]),
+    ("models", ["models", "license", "weights", "identity", "provenance"]),
     ("values", ["grid", "topk", "encoding", "statistic", "manifest", "gate", "view"]),
     ("files", ["signatures", "container", "table", "part", "checks", "rollouts", "prompts", "card"]),
     ("making", ["teachers", "teachers.transformers", "plan", "scoring", "workers", "sampler", "audit", "differences"]),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lopd_store.card import render_card, tag_of
+from lopd_store.license import License
 from lopd_store.statistic import SftAudit, Statistic
 from tests.artifacts import identity_named
 from tests.records import DATA, INPUTS, make_manifest
@@ -28,6 +29,13 @@ def test_the_card_shows_what_audits_found_and_warns_where_they_accuse() -> None:
     assert card.count("**Warning:**") == 1
     assert "**Warning:** the audit finds that the teacher did not write the SFT data." in card
     assert "audit" not in render_card(make_manifest(), DATA)
+
+
+def test_the_card_shows_the_licence_of_the_teacher_where_it_is_known() -> None:
+    license = License(id="other", name="acme | 1", link="https://acme.example", gated=True)
+    card = render_card(make_manifest(inputs=replace(INPUTS, license=license)), DATA)
+    assert "| licence of the teacher | `other ?acme ? 1? ?https://acme.example?? gated` |" in card
+    assert "| licence of the teacher | unknown |" in render_card(make_manifest(), DATA)
 
 
 def test_the_card_begins_with_its_metadata() -> None:
