@@ -47,21 +47,30 @@ def _size_category(rollouts: int) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("lopd_store"),
+    return environment("lopd_store").get_template("card.md.jinja")
+
+
+def environment(package: str) -> Environment:
+    """The templates of a package, with filters that keep what strangers wrote from being markup."""
+    found = Environment(
+        loader=PackageLoader(package),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,
     )
-    environment.filters["code"] = _code
-    environment.filters["license"] = lambda found: "unknown" if found == UNKNOWN_LICENSE else _code(found)
-    environment.filters["audit"] = lambda found: f"**{found.verdict}**: {found}"
-    return environment.get_template("card.md.jinja")
+    found.filters["code"] = _code
+    found.filters["plain"] = _plain
+    found.filters["license"] = lambda license: "unknown" if license == UNKNOWN_LICENSE else _code(license)
+    found.filters["audit"] = lambda audit: f"**{audit.verdict}**: {audit}"
+    return found
 
 
 def _code(text: object) -> str:
     """A name from an artifact as a code span: one line in which nothing is markup, a link or an end of a table cell."""
-    return (
-        "`" + ("".join(char if char.isalnum() or char in " -_./:@+" else "?" for char in str(text))[:200] or "?") + "`"
-    )
+    return f"`{_plain(text)[:200] or '?'}`"
+
+
+def _plain(text: object) -> str:
+    """Words that may hold a stranger's as one line without markup."""
+    return "".join(char if char.isalnum() or char in " -_./:@+,()" else "?" for char in str(text))

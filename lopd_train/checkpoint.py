@@ -5,7 +5,8 @@
         metrics.jsonl
         state.pt                what it takes to resume: weights, optimiser, step, random state
     OUTPUT/                     once it is finished: the same without the state, and a model as `save_pretrained`
-        lopd-provenance.json    writes it, with the record that ties it to its data
+        lopd-provenance.json    writes it, with the record that ties it to its data,
+        README.md               and a card for people
 
 Everything is written under another name first and renamed, so a crash at any moment leaves the state before it whole.
 """
@@ -27,8 +28,10 @@ from lopd_store.durable import sync_directory, write_durably
 from lopd_store.errors import InputError
 from lopd_store.gate import State
 from lopd_store.identity import ModelIdentity, identify
+from lopd_store.manifest import Manifest
 from lopd_store.models import PROVENANCE_FILE, without_bars
 from lopd_store.provenance import CheckpointRecord, Method, SftProvenance
+from lopd_train.card import MODEL_CARD, render_model_card
 from lopd_train.config import FREE_TO_CHANGE, TrainConfig
 from lopd_train.student import Student
 
@@ -53,6 +56,7 @@ class Run:
     sft: SftProvenance  # of the model that will come out
     verdict: State | None = None  # of the gate
     overrides: tuple[str, ...] = ()
+    artifact: Manifest | None = None  # of an opd run, for the model card
 
     def to_json(self) -> dict[str, Any]:
         """What run.json holds, beside versions."""
@@ -148,6 +152,7 @@ def finish(run: Run, student: Student, directory: Path, output: Path) -> None:
         overrides=run.overrides,
     )
     write_durably(directory / PROVENANCE_FILE, strictjson.pretty(record.to_json()))
+    write_durably(directory / MODEL_CARD, render_model_card(record, run.config, run.artifact).encode())
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

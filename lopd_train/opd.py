@@ -63,6 +63,7 @@ def train_opd(
         sft=inputs.sft,
         verdict=verdict.state,
         overrides=overridden,
+        artifact=opened.manifest,
     )
     return fit(
         run,

@@ -34,7 +34,7 @@ def test_the_card_shows_what_audits_found_and_warns_where_they_accuse() -> None:
 def test_the_card_shows_the_licence_of_the_teacher_where_it_is_known() -> None:
     license = License(id="other", name="acme | 1", link="https://acme.example", gated=True)
     card = render_card(make_manifest(inputs=replace(INPUTS, license=license)), DATA)
-    assert "| licence of the teacher | `other ?acme ? 1? ?https://acme.example?? gated` |" in card
+    assert "| licence of the teacher | `other (acme ? 1) (https://acme.example), gated` |" in card
     assert "| licence of the teacher | unknown |" in render_card(make_manifest(), DATA)
 
 
