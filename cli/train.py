@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -13,10 +13,10 @@ import typer
 
 import lopd_train
 from lopd_store import gate
-from lopd_train import OPD, SFT, OnProgress, Progress, RunResult, TrainConfig
+from lopd_train import OPD, SFT, OnProgress, Progress, RunResult, TrainConfig, measures
 from lopd_train.config import help_of
 
-from . import console
+from . import console, settings
 
 app = typer.Typer(
     help="Training on teacher log-probs: SFT first, then offline on-policy distillation.",
@@ -30,6 +30,10 @@ ModelOption = Annotated[
     str, typer.Option(metavar="MODEL", help="A directory of safetensors, a GGUF file, or a Hub id.")
 ]
 OutputOption = Annotated[Path, typer.Option(metavar="DIR", help="The model to make, as `save_pretrained` writes it.")]
+_WATCHED = ("loss", "reverse_kl", "advantage", "entropy", "coverage", "grad_norm", "effective_sample_size")
+ConfigOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="TOML with any of the settings below, as in configs/.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
@@ -43,7 +47,7 @@ def lopd_train_command(
 
 
 def with_config(defaults: TrainConfig) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option per setting in place of its parameter `config`."""
+    """Give a command `--config` and one option per setting in place of its parameter `config`; the options win."""
     names = [item.name for item in fields(TrainConfig)]
     kinds = get_type_hints(TrainConfig)
 
@@ -57,18 +61,21 @@ def with_config(defaults: TrainConfig) -> Callable[[Callable[..., None]], Callab
         )
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def run(**arguments: Any) -> None:
-            config = TrainConfig(**{name: arguments.pop(name) for name in names})
-            command(config=config, **arguments)
+        def run(context: typer.Context, config: Path | None, **arguments: Any) -> None:
+            flags = {name: arguments.pop(name) for name in names}
+            sources = {name: context.get_parameter_source(name) for name in names}
+            given = {name: flags[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
+            command(config=replace(settings.read(config, defaults) if config else defaults, **given), **arguments)
 
         signature = inspect.signature(command, eval_str=True)
+        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
         own = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in signature.parameters.values()
-            if parameter.name != "config"
+            parameter.replace(default=None, annotation=ConfigOption) if parameter.name == "config" else parameter
+            for parameter in own
         ]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = signature.replace(parameters=own + [option(name) for name in names])  # type: ignore[attr-defined]
+        run.__signature__ = signature.replace(parameters=[context, *own, *map(option, names)])  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -123,8 +130,11 @@ def _shown(description: str) -> Iterator[OnProgress]:
     """Show the progress of a run, and how to go on after Ctrl-C."""
 
     def show(progress: Progress) -> None:
+        metrics = progress.metrics
         words = [f"step {progress.step} of {progress.steps}", progress.activity]
-        words += [f"{name} {progress.metrics[name]:.4g}" for name in ("loss", "advantage") if name in progress.metrics]
+        words += [f"{name.replace('_', ' ')} {metrics[name]:.3g}" for name in _WATCHED if name in metrics]
+        words += [f"{metrics['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in metrics else []
+        words += [gauged] if (gauged := measures.gauge(metrics)) else []
         meter.update(progress.done, progress.total, ", ".join(words))
 
     try:
@@ -141,10 +151,14 @@ def _answer(result: RunResult, json: bool) -> None:
         console.answer({**vars(result), "output": str(result.output)})
         return
     console.say(f"{result.output}: {result.steps:,} steps")
-    for name in result.first_eval.keys() - {"tokens"}:
-        before, after, tokens = result.first_eval[name], result.last_eval[name], result.last_eval["tokens"]
-        words = f"held-out {name.replace('_', ' ')}"
-        console.say(f"{words}: {before:.4f} -> {after:.4f} nats per position, over {tokens:,} positions")
+    first, last = result.first_eval, result.last_eval
+    for name in ("cross_entropy", "reverse_kl"):
+        if name in first:
+            words = f"held-out {name.replace('_', ' ')}: {first[name]:.4f} -> {last[name]:.4f} nats per position"
+            console.say(f"{words}, over {last['tokens']:,} positions")
+    if gauged := measures.gauge(last):
+        size = f"effective sample size {last['effective_sample_size']:.0%}"
+        console.say(f"the student is {gauged} (held-out drift {last['drift']:.4f} nats per token, {size})")
 
 
 def main() -> None:

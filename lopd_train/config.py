@@ -18,9 +18,20 @@ from lopd_store.models import default_device
 
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "bfloat16"]
-Loss = Literal["sampled", "reverse_kl"]
+Loss = Literal["sampled", "reverse_kl", "forward_kl", "jsd"]
+Correction = Literal["none", "token", "sequence"]
 # These change how fast a run goes and what it needs, not what it computes, so a resumed run may change them.
 FREE_TO_CHANGE = frozenset({"device", "micro_batch_tokens", "gradient_checkpointing", "checkpoint_every"})
+
+# Settings that only some objectives read, and why the others cannot.
+_AT_TOKENS = (("sampled",), "only the sampled token has an advantage")
+_ONLY_OF: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "advantage_clip": _AT_TOKENS,
+    "advantage_power": _AT_TOKENS,
+    "ratio_clip": _AT_TOKENS,
+    "jsd_beta": (("jsd",), "only it has a mixture"),
+    "temperature": (("forward_kl", "jsd"), "the tail is known at temperature 1 alone, and reverse KL needs it"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +39,15 @@ class TrainConfig:
     """How to train. The defaults are those of Lightning OPD (arXiv 2604.13010)."""
 
     objective: Annotated[Loss, "Of opd: on the sampled token, as in the paper, or over top-k and tail."] = "sampled"
+    advantage_clip: Annotated[float | None, "Of sampled: greatest advantage either way, in nats."] = None
+    advantage_power: Annotated[float | None, "Of sampled: PowerOPD's exponent; its authors use 5."] = None
+    ratio_clip: Annotated[float | None, "Of sampled: PPO's clip range around the reference policy."] = None
+    jsd_beta: Annotated[float, "Of jsd: the teacher's share of the mixture."] = 0.5
+    temperature: Annotated[float, "Of forward_kl and jsd: softens both sides, and leaves the tail out."] = 1.0
+    correction: Annotated[Correction, "Of opd: weigh what is off-policy by ratios to the reference policy."] = "none"
+    correction_cap: Annotated[float, "Greatest such ratio."] = 2.0
+    reference_kl_weight: Annotated[float, "Of opd: weight of the KL to the reference policy in the loss."] = 0.0
+    cross_entropy_weight: Annotated[float, "Of opd: weight of the cross-entropy of the response in the loss."] = 0.0
     steps: Annotated[int | None, "Optimiser steps; by default as many as `epochs` asks for."] = None
     epochs: Annotated[float, "Passes over the training rollouts, where `steps` is not given."] = 1.0
     learning_rate: Annotated[float, "Peak learning rate."] = 2e-6
@@ -49,6 +69,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, fits, expected in (
             ("objective", self.objective in get_args(Loss), " or ".join(get_args(Loss))),
+            ("advantage_clip", self.advantage_clip is None or 0 < self.advantage_clip < math.inf, "above 0"),
+            ("advantage_power", self.advantage_power is None or 0 < self.advantage_power < math.inf, "above 0"),
+            ("ratio_clip", self.ratio_clip is None or 0 < self.ratio_clip < 1, "between 0 and 1"),
+            ("jsd_beta", 0 < self.jsd_beta < 1, "between 0 and 1"),
+            ("temperature", 0 < self.temperature < math.inf, "above 0"),
+            ("correction", self.correction in get_args(Correction), " or ".join(get_args(Correction))),
+            ("correction_cap", 1 <= self.correction_cap < math.inf, "1 or more"),
+            ("reference_kl_weight", 0 <= self.reference_kl_weight < math.inf, "0 or more"),
+            ("cross_entropy_weight", 0 <= self.cross_entropy_weight < math.inf, "0 or more"),
             ("steps", self.steps is None or self.steps >= 1, "1 or more"),
             ("epochs", 0 < self.epochs < math.inf, "above 0"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
@@ -73,6 +102,31 @@ class TrainConfig:
                     hint=f"`--{name.replace('_', '-')}`: {help_of(name)}",
                 )
 
+        for name, (objectives, why) in _ONLY_OF.items():
+            if self.objective not in objectives and getattr(self, name) != _default(name):
+                raise InputError(
+                    f"the setting `{name}` does not go with the objective `{self.objective}`: {why}",
+                    expected=f"`objective` {' or '.join(objectives)}",
+                    hint=f"`--{name.replace('_', '-')}`: {help_of(name)}",
+                )
+        if self.correction == "token" and self.objective != "sampled":
+            raise InputError(
+                f"`correction` token does not go with the objective `{self.objective}`",
+                hint="a KL sums over every token, so only the prefix is off-policy: use `--correction sequence`",
+            )
+        if self.correction != "none" and self.ratio_clip is not None:
+            raise InputError("`correction` and `ratio_clip` are two ways to do the same", hint="choose one of them")
+
+    @property
+    def needs_reference(self) -> tuple[str, ...]:
+        """The settings in use that read the reference policy's log-probs."""
+        used = {
+            "correction": self.correction != "none",
+            "ratio_clip": self.ratio_clip is not None,
+            "reference_kl_weight": self.reference_kl_weight > 0,
+        }
+        return tuple(f"`{name}`" for name, is_used in used.items() if is_used)
+
     def resolve(self, rollouts: int) -> TrainConfig:
         """The same settings with nothing left open, for this many training rollouts."""
         batch = min(self.batch_rollouts, rollouts)
@@ -82,6 +136,10 @@ class TrainConfig:
     def to_json(self) -> Mapping[str, Any]:
         """A JSON object with one member per setting."""
         return {**asdict(self), "betas": list(self.betas)}
+
+
+def _default(name: str) -> Any:
+    return TrainConfig.__dataclass_fields__[name].default
 
 
 def help_of(name: str) -> str:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import lopd_store
 from lopd_store import gate
 from lopd_store.errors import InputError
 from lopd_store.identity import identify
-from lopd_train import losses
+from lopd_train import losses, measures
 from lopd_train.batches import Batch, hold_out, read_artifact
 from lopd_train.checkpoint import Run, check_output
 from lopd_train.config import OPD, TrainConfig
+from lopd_train.head import Predictions, Sums
 from lopd_train.runlog import OnProgress
 from lopd_train.student import Student
-from lopd_train.trainer import Objective, RunResult, Sums, fit
+from lopd_train.trainer import Objective, RunResult, fit
 
 
 def train_opd(
@@ -53,6 +56,12 @@ def train_opd(
             f"`{artifact}` is a copy without top-k, so reverse KL cannot be computed",
             hint="pull the whole artifact, or pass `--objective sampled --eval-fraction 0`",
         )
+    if config.needs_reference and any(record.reference_logprobs is None for record in training):
+        raise InputError(
+            f"`{artifact}` has no log-probs of the reference policy",
+            expected=f"reference log-probs, for {', '.join(config.needs_reference)}",
+            hint="`lopd-store generate` keeps them with the rollouts, and `build` takes them over",
+        )
     run = Run(
         method="opd",
         config=config.resolve(len(training)),
@@ -67,7 +76,7 @@ def train_opd(
     )
     return fit(
         run,
-        objective=OBJECTIVES[config.objective],
+        objective=objective_of(config),
         training=training if whole else [replace(record, topk=None) for record in training],
         held_out=held_out,
         output=output,
@@ -75,33 +84,71 @@ def train_opd(
     )
 
 
-def _train_sampled(student: Student, batch: Batch) -> Sums:
-    assert batch.sampled_logprobs is not None
-    logprobs = student.token_logprobs(batch)
-    return {
-        "loss": losses.sampled_objective(logprobs, batch.sampled_logprobs),
-        "advantage": losses.advantages(logprobs, batch.sampled_logprobs).sum(),
-    }
+def objective_of(config: TrainConfig) -> Objective:
+    """What these settings minimise, and what it is measured by."""
+    return Objective(train=partial(_train, config), evaluate=_evaluate)
 
 
-def _train_reverse_kl(student: Student, batch: Batch) -> Sums:
-    return {"loss": _reverse_kl(student, batch)}
+def _train(config: TrainConfig, student: Student, batch: Batch) -> Sums:
+    states = student.states(batch)
+    weights = _rollout_weights(config, student, states, batch) if config.correction == "sequence" else None
+    return student.sums(states, batch, partial(_measure, config, weights))
 
 
 def _evaluate(student: Student, batch: Batch) -> Sums:
-    return {"reverse_kl": _reverse_kl(student, batch)}
+    return student.sums(student.states(batch), batch, measures.measure)
 
 
-def _reverse_kl(student: Student, batch: Batch) -> Tensor:
-    assert batch.topk is not None
-    logprobs, tail = student.topk_logprobs(batch)
-    kl = losses.reverse_kl_topk(
-        logprobs, tail, batch.topk.logprobs, batch.topk.tail_logprobs, entry_positions=batch.topk.positions
-    )
-    return kl.sum()
+def _measure(config: TrainConfig, of_rollouts: Tensor | None, predicted: Predictions, piece: Batch) -> Sums:
+    """The loss and what there is to watch, summed over some positions: w (objective + a KL(q || r)) - b log q."""
+    weights = None if of_rollouts is None else of_rollouts[piece.rollouts]
+    if config.correction == "token":
+        assert piece.reference_logprobs is not None
+        weights = losses.token_ratios(predicted.sampled, piece.reference_logprobs, config.correction_cap)
+    values = _objective(config, predicted, piece)
+    if config.reference_kl_weight:
+        values = values + config.reference_kl_weight * _reference_kl(predicted, piece)
+    if weights is not None:
+        values = weights * values
+    if config.cross_entropy_weight:
+        values = values + config.cross_entropy_weight * losses.cross_entropy(predicted.sampled)
+    return {"loss": values.sum(), **measures.measure(predicted, piece, weights)}
 
 
-OBJECTIVES = {
-    "sampled": Objective(train=_train_sampled, evaluate=_evaluate),
-    "reverse_kl": Objective(train=_train_reverse_kl, evaluate=_evaluate),
-}
+def _objective(config: TrainConfig, predicted: Predictions, piece: Batch) -> Tensor:  # [positions]
+    if config.objective == "sampled":
+        assert piece.sampled_logprobs is not None
+        power, clip = config.advantage_power, config.advantage_clip
+        advantages = losses.advantages(predicted.sampled, piece.sampled_logprobs, power=power, clip=clip)
+        if config.ratio_clip is None:
+            return losses.sampled(predicted.sampled, advantages)
+        assert piece.reference_logprobs is not None
+        return losses.sampled_clipped(predicted.sampled, piece.reference_logprobs, advantages, config.ratio_clip)
+    assert predicted.topk is not None and piece.topk is not None
+    student, teacher = predicted.topk, measures.teacher_of(piece.topk)
+    if config.temperature != 1:
+        student, teacher = student.tempered(config.temperature), teacher.tempered(config.temperature)
+    if config.objective == "jsd":
+        return losses.jsd(student, teacher, config.jsd_beta)
+    return (losses.reverse_kl if config.objective == "reverse_kl" else losses.forward_kl)(student, teacher)
+
+
+def _reference_kl(predicted: Predictions, piece: Batch) -> Tensor:  # [positions]
+    """KL(q || r): over the stored union where there is one, else with the gradient of `losses.sampled`."""
+    reference = None if piece.topk is None else measures.reference_of(piece.topk)
+    if predicted.topk is not None and reference is not None:
+        return losses.reverse_kl(predicted.topk, reference)
+    assert piece.reference_logprobs is not None
+    return losses.sampled(predicted.sampled, losses.advantages(predicted.sampled, piece.reference_logprobs))
+
+
+@torch.no_grad()
+def _rollout_weights(config: TrainConfig, student: Student, states: Tensor, batch: Batch) -> Tensor:  # [rollouts]
+    """The truncated ratio of each rollout; takes the head once more, since it must be known before the loss."""
+
+    def log_ratios(predicted: Predictions, piece: Batch) -> Sums:
+        assert piece.reference_logprobs is not None
+        gaps = predicted.sampled - piece.reference_logprobs
+        return {"log_ratios": gaps.new_zeros(len(batch.rows)).index_add(0, piece.rollouts, gaps)}
+
+    return losses.sequence_ratios(student.sums(states, batch, log_ratios)["log_ratios"], config.correction_cap)

@@ -12,13 +12,14 @@ from lopd_store.gate import TOKENIZER_FIELDS
 from lopd_store.identity import ModelIdentity, identify
 from lopd_store.provenance import RolloutsRecord, sft_of_data
 from lopd_store.rollouts import RolloutsFile
-from lopd_train import losses
+from lopd_train import losses, measures
 from lopd_train.batches import Batch, hold_out, read_rollouts
 from lopd_train.checkpoint import Run, check_output
 from lopd_train.config import SFT, TrainConfig
+from lopd_train.head import Predictions, Sums
 from lopd_train.runlog import OnProgress
 from lopd_train.student import Student
-from lopd_train.trainer import Objective, RunResult, Sums, fit
+from lopd_train.trainer import Objective, RunResult, fit
 
 
 def train_sft(
@@ -52,11 +53,16 @@ def train_sft(
 
 
 def _train(student: Student, batch: Batch) -> Sums:
-    return {"loss": losses.cross_entropy(student.token_logprobs(batch))}
+    return student.sums(student.states(batch), batch, _measure)
 
 
 def _evaluate(student: Student, batch: Batch) -> Sums:
-    return {"cross_entropy": losses.cross_entropy(student.token_logprobs(batch))}
+    sums = _train(student, batch)
+    return {"cross_entropy": sums["loss"], "entropy": sums["entropy"]}
+
+
+def _measure(predicted: Predictions, piece: Batch) -> Sums:
+    return {"loss": losses.cross_entropy(predicted.sampled).sum(), **measures.measure(predicted, piece)}
 
 
 CROSS_ENTROPY = Objective(train=_train, evaluate=_evaluate)

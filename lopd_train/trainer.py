@@ -16,18 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lopd_store.errors import DataError
 from lopd_store.models import context_length
-from lopd_train import checkpoint
+from lopd_train import checkpoint, measures
 from lopd_train.batches import Batch, Record, check_records, micro_batches, rollouts_of_step
 from lopd_train.checkpoint import Run
 from lopd_train.config import TrainConfig
+from lopd_train.head import Sums
 from lopd_train.runlog import Metrics, OnProgress, Progress, RunLog
 from lopd_train.student import Student, load
-
-Sums = dict[str, Tensor]  # metric -> its sum over the positions of a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,4 +243,4 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def _means(pieces: Sequence[Sums], tokens: int) -> dict[str, float]:
     means = {name: sum(float(sums[name]) for sums in pieces) / tokens for name in pieces[0]}
-    return {**means, "tokens": tokens}
+    return {**measures.finish(means), "tokens": tokens}

@@ -20,6 +20,15 @@ def test_the_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("advantage_clip", 0.0),
+        ("advantage_power", -1.0),
+        ("ratio_clip", 1.0),
+        ("jsd_beta", 0.0),
+        ("temperature", 0.0),
+        ("correction", "rollout"),
+        ("correction_cap", 0.5),
+        ("reference_kl_weight", -0.1),
+        ("cross_entropy_weight", float("nan")),
         ("steps", 0),
         ("epochs", float("nan")),
         ("learning_rate", 0.0),
@@ -44,6 +53,24 @@ def test_a_value_out_of_range_is_refused_with_the_name_of_its_flag(name: str, va
     message = str(raised.value)
     assert f"the setting `{name}` is out of range\n  expected  " in message
     assert f"  actual    {value}\n\nhint: `--{name.replace('_', '-')}`: " in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"objective": "reverse_kl", "temperature": 2.0}, "the tail is known at temperature 1 alone"),
+        ({"temperature": 2.0}, "the tail is known at temperature 1 alone"),
+        ({"objective": "forward_kl", "jsd_beta": 0.1}, "only it has a mixture"),
+        ({"objective": "jsd", "advantage_clip": 1.0}, "only the sampled token has an advantage"),
+        ({"objective": "jsd", "advantage_power": 5.0}, "only the sampled token has an advantage"),
+        ({"objective": "reverse_kl", "ratio_clip": 0.2}, "only the sampled token has an advantage"),
+        ({"objective": "reverse_kl", "correction": "token"}, "use `--correction sequence`"),
+        ({"correction": "token", "ratio_clip": 0.2}, "two ways to do the same"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_with_the_reason(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        replace(OPD, **settings)
 
 
 def test_every_setting_says_what_it_means() -> None:

@@ -69,11 +69,13 @@ def test_the_metrics_have_a_line_per_step_and_per_evaluation(opd: RunResult) -> 
     lines = metrics(opd.output)
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     steps = [line for line in lines if "loss" in line]
-    assert all(set(line) == {"step", "loss", "advantage", "tokens", "learning_rate", "grad_norm"} for line in steps)
+    watched = {"loss", "reverse_kl", "advantage", "entropy", "grad_norm", "drift", "effective_sample_size"}
+    assert all(set(line) == {"step", "tokens", "learning_rate"} | watched for line in steps)
     assert [line["step"] for line in lines if "eval_reverse_kl" in line] == [0, 2, 4, 6]
     assert opd.steps == 6
-    assert opd.first_eval == {"reverse_kl": lines[0]["eval_reverse_kl"], "tokens": lines[0]["eval_tokens"]}
-    assert opd.last_eval == {"reverse_kl": lines[-1]["eval_reverse_kl"], "tokens": lines[-1]["eval_tokens"]}
+    of_evaluation = (watched | {"tokens", "coverage"}) - {"loss", "grad_norm"}
+    assert opd.first_eval == {name: lines[0][f"eval_{name}"] for name in of_evaluation}
+    assert opd.last_eval == {name: lines[-1][f"eval_{name}"] for name in of_evaluation}
 
 
 def test_the_output_is_a_model_that_transformers_loads(opd: RunResult, reference: Path) -> None:

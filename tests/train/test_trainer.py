@@ -12,7 +12,7 @@ import lopd_store
 from lopd_store.errors import DataError
 from lopd_train import TrainConfig, student
 from lopd_train.batches import Record, hold_out, read_artifact, rollouts_of_step
-from lopd_train.opd import OBJECTIVES
+from lopd_train.opd import objective_of
 from lopd_train.trainer import Trainer
 
 TINY_SETTINGS = TrainConfig(steps=4, batch_rollouts=4, learning_rate=1e-3, device="cpu", checkpoint_every=1)
@@ -32,7 +32,7 @@ def trainer(
     directory.mkdir(exist_ok=True)
     return Trainer(
         config=config,
-        objective=OBJECTIVES["sampled"],
+        objective=objective_of(config),
         student=student.load(model, config),
         training=records[held_out:],
         held_out=records[:held_out],

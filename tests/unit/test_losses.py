@@ -3,146 +3,320 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lopd_train.losses import advantages, cross_entropy, reverse_kl_topk, sampled_objective
+from lopd_train import losses
+from lopd_train.losses import Categories
+from tests.unit import dense_losses as twin
+from tests.unit.dense_losses import Floats
 
-WIDTH, VOCABULARY, POSITIONS = 5, 7, 6
-
-
-def float64(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def token_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    return torch.log_softmax(states @ head.T, dim=-1).gather(1, targets[:, None])[:, 0]
-
-
-def test_sampled_objective_has_the_gradient_that_is_derived_by_hand() -> None:
-    states, head = float64(POSITIONS, WIDTH, seed=0), float64(VOCABULARY, WIDTH, seed=1)
-    teacher = -float64(POSITIONS, seed=2).abs()
-    targets = torch.tensor([0, 6, 3, 3, 1, 2])
-    states.requires_grad_()
-    head.requires_grad_()
-    sampled_objective(token_logprobs(states, head, targets), teacher).backward()  # type: ignore[no-untyped-call]
-
-    with torch.no_grad():
-        mass = torch.softmax(states @ head.T, dim=-1)
-        advantage = teacher - mass.gather(1, targets[:, None])[:, 0].log()
-        # d(-A log q(x)) / d logits = A (q - onehot(x)), as A is held constant.
-        by_logits = advantage[:, None] * (mass - torch.nn.functional.one_hot(targets, VOCABULARY))
-        torch.testing.assert_close(states.grad, by_logits @ head)
-        torch.testing.assert_close(head.grad, by_logits.T @ states)
+VOCABULARY = 7
+STORED = [[2], [0, 6, 3], [5, 1], list(range(VOCABULARY))]  # ids per position
+TARGETS = [2, 5, 0, 3]
+POSITIONS = len(STORED)
+SETTINGS: list[tuple[str, Callable[[Categories, Categories], Tensor], Callable[[Floats, Floats], float]]] = [
+    ("reverse", losses.reverse_kl, lambda q, p: twin.kl(q, p)),
+    ("forward", losses.forward_kl, lambda q, p: twin.kl(p, q)),
+    ("jsd 0.5", lambda q, p: losses.jsd(q, p, 0.5), lambda q, p: twin.jsd(p, q, 0.5)),
+    ("jsd 0.1", lambda q, p: losses.jsd(q, p, 0.1), lambda q, p: twin.jsd(p, q, 0.1)),
+]
+DIVERGENCES = pytest.mark.parametrize(
+    ("loss", "dense"), [pair for _, *pair in SETTINGS], ids=[name for name, *_ in SETTINGS]
+)
 
 
-def test_sampled_objective_is_in_expectation_the_gradient_of_reverse_kl() -> None:
-    logits, teacher = float64(1, VOCABULARY, seed=3), torch.log_softmax(float64(VOCABULARY, seed=4), dim=-1)
+def logits(seed: int) -> Floats:
+    return np.asarray(3 * np.random.default_rng(seed).standard_normal((POSITIONS, VOCABULARY)))
 
-    def gradient(loss: Tensor) -> Tensor:
-        return torch.autograd.grad(loss, logits)[0]
 
-    logits.requires_grad_()
-    student = torch.log_softmax(logits, dim=-1)[0]
-    kl = gradient((student.exp() * (student - teacher)).sum())
-    mass = student.detach().exp()
-    by_token = [
-        mass[x] * gradient(sampled_objective(torch.log_softmax(logits, dim=-1)[0, x : x + 1], teacher[x : x + 1]))
-        for x in range(VOCABULARY)
-    ]
-    torch.testing.assert_close(torch.stack(by_token).sum(dim=0), kl)
+def categories(logits: Tensor) -> Categories:
+    """What is stored of dense logits [positions, vocabulary]."""
+    positions = torch.tensor([row for row, ids in enumerate(STORED) for _ in ids])
+    ids = torch.tensor([id for row in STORED for id in row])
+    logprobs, outside = torch.log_softmax(logits, dim=-1), torch.ones_like(logits, dtype=torch.bool)
+    outside[positions, ids] = False
+    rest = torch.where(outside, logprobs, -1e4).logsumexp(dim=-1)
+    tail = torch.where(outside.any(dim=-1), rest, -torch.inf)
+    return Categories(logprobs=logprobs[positions, ids], tail=tail, positions=positions)
+
+
+def at_targets(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(TARGETS)[:, None])[:, 0]
+
+
+def leaf(values: Floats) -> Tensor:
+    return torch.from_numpy(values.copy()).requires_grad_()
+
+
+def assert_close(actual: Tensor, expected: Floats, tolerance: float) -> None:
+    torch.testing.assert_close(actual.detach(), torch.from_numpy(expected), rtol=tolerance, atol=tolerance)
+
+
+def assert_agrees(
+    loss: Callable[[Tensor], Tensor], dense: Callable[[Floats], Floats], at: Floats, tolerance: float = 1e-7
+) -> None:
+    """Values [positions] and the gradient of their weighted sum by the logits are those of the twin."""
+    weights = np.linspace(-1, 2, POSITIONS)
+    student = leaf(at)
+    values = loss(student)
+    assert_close(values, dense(at), 1e-10)
+    (actual,) = torch.autograd.grad((values * torch.from_numpy(weights)).sum(), student)
+    assert_close(actual, twin.gradient(lambda moved: float((dense(moved) * weights).sum()), at), tolerance)
+
+
+# Over the stored distribution
+
+
+@DIVERGENCES
+def test_a_divergence_has_value_and_gradient_of_the_merged_categories(
+    loss: Callable[[Categories, Categories], Tensor], dense: Callable[[Floats, Floats], float]
+) -> None:
+    teacher = logits(1)
+
+    def expected(student: Floats) -> Floats:
+        pairs = zip(student, teacher, STORED, strict=True)
+        return np.array(
+            [dense(twin.merged(twin.softmax(q), ids), twin.merged(twin.softmax(p), ids)) for q, p, ids in pairs]
+        )
+
+    assert_agrees(lambda q: loss(categories(q), categories(torch.from_numpy(teacher))), expected, logits(0))
+
+
+@DIVERGENCES
+def test_at_a_temperature_a_divergence_is_over_the_stored_ids_alone(
+    loss: Callable[[Categories, Categories], Tensor], dense: Callable[[Floats, Floats], float]
+) -> None:
+    teacher, temperature = logits(1), 2.5
+
+    def actual(student: Tensor) -> Tensor:
+        both = (categories(student), categories(torch.from_numpy(teacher)))
+        return loss(*(values.tempered(temperature) for values in both))
+
+    def expected(student: Floats) -> Floats:
+        return np.array(
+            [
+                dense(*(twin.softened(twin.softmax(row), ids, temperature) for row in rows))
+                for *rows, ids in zip(student, teacher, STORED, strict=True)
+            ]
+        )
+
+    assert_agrees(actual, expected, logits(0))
+
+
+@DIVERGENCES
+def test_a_divergence_of_a_student_equal_to_the_teacher_is_zero_and_flat(
+    loss: Callable[[Categories, Categories], Tensor], dense: Callable[[Floats, Floats], float]
+) -> None:
+    student = leaf(logits(2))
+    values = loss(categories(student), categories(torch.from_numpy(logits(2))))
+    assert_close(values, np.zeros(POSITIONS), 1e-12)
+    assert_close(torch.autograd.grad(values.sum(), student)[0], np.zeros((POSITIONS, VOCABULARY)), 1e-12)
+
+
+def test_reverse_kl_of_what_is_stored_is_a_lower_bound_of_that_over_the_whole_vocabulary() -> None:
+    student, teacher = logits(3), logits(4)
+    stored = losses.reverse_kl(*(categories(torch.from_numpy(values)) for values in (student, teacher)))
+    whole = [twin.kl(twin.softmax(q), twin.softmax(p)) for q, p in zip(student, teacher, strict=True)]
+    assert all(0 < part < all_of_it for part, all_of_it in zip(stored.tolist()[:-1], whole[:-1], strict=True))
+    assert stored[-1].item() == pytest.approx(whole[-1])  # there all of the vocabulary is stored
+
+
+def test_the_divergence_of_jensen_and_shannon_leads_from_forward_to_reverse_kl() -> None:
+    student, teacher = (categories(torch.from_numpy(logits(seed))) for seed in (5, 6))
+    tiny = 1e-6
+    near_forward, near_reverse = (
+        losses.jsd(student, teacher, tiny) / tiny,
+        losses.jsd(student, teacher, 1 - tiny) / tiny,
+    )
+    torch.testing.assert_close(near_forward, losses.forward_kl(student, teacher), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(near_reverse, losses.reverse_kl(student, teacher), rtol=1e-3, atol=1e-6)
+    assert bool((losses.jsd(student, teacher, 0.5) <= math.log(2)).all())
+
+
+def test_normalising_takes_away_what_rounding_added() -> None:
+    stored = categories(torch.from_numpy(logits(7)))
+    moved = Categories(logprobs=stored.logprobs - 0.03, tail=stored.tail - 0.03, positions=stored.positions)
+    torch.testing.assert_close(moved.normalised().logprobs, stored.logprobs)
+    torch.testing.assert_close(moved.normalised().tail, stored.tail)
+
+
+def one(logprobs: list[float], tail: float) -> Categories:
+    return Categories(
+        logprobs=torch.tensor(logprobs).requires_grad_(),
+        tail=torch.tensor([tail]),
+        positions=torch.zeros(len(logprobs), dtype=torch.int64),
+    )
+
+
+@DIVERGENCES
+def test_a_divergence_stays_finite_where_one_side_rules_something_out(
+    loss: Callable[[Categories, Categories], Tensor], dense: Callable[[Floats, Floats], float]
+) -> None:
+    half, quarter = math.log(0.5), math.log(0.25)
+    for student, teacher in (
+        (one([0.0], -math.inf), one([0.0], -math.inf)),
+        (one([0.0], -math.inf), one([math.log(0.75)], quarter)),
+        (one([math.log(0.75)], quarter), one([0.0], -math.inf)),
+        (one([0.0, -math.inf], -math.inf), one([half, half], -math.inf)),
+        (one([half, half], -math.inf), one([0.0, -math.inf], -math.inf)),
+    ):
+        value = loss(student, teacher)
+        assert -1e-6 <= value.item() < 100
+        assert bool(torch.autograd.grad(value.sum(), student.logprobs)[0].isfinite().all())
+
+
+def test_a_position_without_entries_softens_to_nothing_and_costs_nothing() -> None:
+    empty = Categories(
+        logprobs=torch.tensor([-1.0, -2.0]).requires_grad_(),
+        tail=torch.tensor([0.0, -3.0]),
+        positions=torch.tensor([1, 1]),
+    )
+    soft = empty.tempered(2.0)
+    assert losses.forward_kl(soft, soft)[0].item() == 0
+    (gradient,) = torch.autograd.grad(soft.logprobs[0], empty.logprobs)
+    assert bool(gradient.isfinite().all())
+
+
+# At the sampled token
+
+
+@pytest.mark.parametrize("power", [None, 0.5, 5.0])
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_the_sampled_objective_has_the_gradient_of_a_constant_advantage(
+    power: float | None, clip: float | None
+) -> None:
+    student, teacher = logits(8), logits(9)
+    q, p = (
+        np.array([twin.softmax(row)[x] for row, x in zip(rows, TARGETS, strict=True)]) for rows in (student, teacher)
+    )
+    advantage = np.log(p / q) if power is None else p**power - q**power
+    advantage = advantage if clip is None else np.clip(advantage, -clip, clip)
+
+    def actual(values: Tensor) -> Tensor:
+        found = losses.advantages(at_targets(values), torch.from_numpy(np.log(p)), power=power, clip=clip)
+        assert_close(found, advantage, 1e-12)
+        return losses.sampled(at_targets(values), found)
+
+    def expected(values: Floats) -> Floats:
+        return np.array(
+            [-a * np.log(twin.softmax(row)[x]) for a, row, x in zip(advantage, values, TARGETS, strict=True)]
+        )
+
+    student_leaf = leaf(student)
+    (found,) = torch.autograd.grad(actual(student_leaf).sum(), student_leaf)
+    assert_close(found, twin.gradient(lambda moved: float(expected(moved).sum()), student), 1e-7)
+
+
+def test_a_power_advantage_is_bounded_keeps_its_sign_and_tends_to_the_difference_of_the_logs() -> None:
+    student, teacher = torch.tensor([-50.0, -0.1, -3.0]), torch.tensor([-0.5, -60.0, -3.5])
+    plain, bounded = losses.advantages(student, teacher), losses.advantages(student, teacher, power=5.0)
+    assert torch.equal(plain.sign(), bounded.sign())
+    assert bool((bounded.abs() <= 1).all())
+    small = losses.advantages(student.double(), teacher.double(), power=1e-7) / 1e-7
+    torch.testing.assert_close(small, plain.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_sampled_objective_is_in_expectation_the_gradient_of_reverse_kl() -> None:
+    student, teacher = leaf(logits(10)[:1]), torch.log_softmax(torch.from_numpy(logits(11)[0]), dim=-1)
+    q = torch.log_softmax(student, dim=-1)[0]
+    expected = twin.gradient(lambda at: twin.kl(twin.softmax(at[0]), teacher.exp().numpy()), logits(10)[:1])
+    mean = (q.detach().exp() * losses.sampled(q, losses.advantages(q, teacher))).sum()
+    assert_close(torch.autograd.grad(mean, student)[0], expected, 1e-7)
 
 
 def test_advantages_carry_no_gradient_and_are_zero_where_both_agree() -> None:
     logprobs = torch.tensor([-0.5, 0.0], requires_grad=True)
-    difference = advantages(logprobs, torch.tensor([-0.5, 0.0]))
-    assert not difference.requires_grad
-    assert difference.tolist() == [0.0, 0.0]
+    for power in (None, 5.0):
+        difference = losses.advantages(logprobs, torch.tensor([-0.5, 0.0]), power=power)
+        assert not difference.requires_grad
+        assert difference.tolist() == [0.0, 0.0]
 
 
 def test_a_teacher_logprob_of_zero_is_a_certainty_and_not_a_gap() -> None:
     student = torch.tensor([-2.0], requires_grad=True)
-    sampled_objective(student, torch.tensor([0.0])).backward()  # type: ignore[no-untyped-call]
-    assert student.grad is not None
-    assert student.grad.item() == -2.0
+    (gradient,) = torch.autograd.grad(losses.sampled(student, losses.advantages(student, torch.tensor([0.0]))), student)
+    assert gradient.item() == -2.0
 
 
-def test_cross_entropy_is_the_negative_sum() -> None:
-    assert cross_entropy(torch.tensor([-0.25, -1.0])).item() == 1.25
-
-
-def ragged(student: Tensor, teacher: Tensor, stored: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The arguments of reverse_kl_topk from dense log-probs [positions, vocabulary]."""
-    positions = torch.tensor([row for row, ids in enumerate(stored) for _ in ids], dtype=torch.long)
-    ids = torch.tensor([id for row in stored for id in row], dtype=torch.long)
-    outside = torch.ones_like(student, dtype=torch.bool)
-    outside[positions, ids] = False
-    tails = [torch.where(outside, logprobs.exp(), 0).sum(dim=-1).log() for logprobs in (student, teacher)]
-    return student[positions, ids], tails[0], teacher[positions, ids], tails[1], positions
-
-
-def dense(seed: int) -> Tensor:
-    return torch.log_softmax(3 * float64(3, VOCABULARY, seed=seed), dim=-1)
-
-
-def test_reverse_kl_over_the_whole_vocabulary_is_the_dense_one() -> None:
-    student, teacher = dense(5), dense(6)
-    actual = reverse_kl_topk(*ragged(student, teacher, [list(range(VOCABULARY))] * 3))
-    torch.testing.assert_close(actual, (student.exp() * (student - teacher)).sum(dim=-1))
-
-
-def test_reverse_kl_of_ragged_topk_is_that_of_the_merged_categories() -> None:
-    student, teacher, stored = dense(7), dense(8), [[2], [0, 6, 3], [5, 1]]
-    actual = reverse_kl_topk(*ragged(student, teacher, stored))
-    for row, ids in enumerate(stored):
-        q, p = student[row].exp().tolist(), teacher[row].exp().tolist()
-        others = set(range(VOCABULARY)) - set(ids)
-        merged = [(q[i], p[i]) for i in ids] + [(sum(q[i] for i in others), sum(p[i] for i in others))]
-        assert actual[row].item() == pytest.approx(sum(a * math.log(a / b) for a, b in merged), rel=1e-12)
-        assert 0 < actual[row].item() < (student[row].exp() * (student[row] - teacher[row])).sum().item()
-
-
-def test_reverse_kl_has_the_gradient_of_the_merged_categories() -> None:
-    logits, teacher, stored = float64(3, VOCABULARY, seed=12), dense(13), [[2], [0, 6, 3], [5, 1]]
-    logits.requires_grad_()
-    student = torch.log_softmax(logits, dim=-1)
-    (actual,) = torch.autograd.grad(reverse_kl_topk(*ragged(student, teacher, stored)).sum(), logits)
-    with torch.no_grad():  # d KL / d logit_v = q_v (r_v - sum_u q_u r_u), r = log of the ratio of v's category
-        q = student.exp()
-        ratio = torch.zeros_like(q)
-        for row, ids in enumerate(stored):
-            others = [v for v in range(VOCABULARY) if v not in ids]
-            ratio[row, ids] = (student - teacher)[row, ids]
-            ratio[row, others] = (q[row, others].sum() / teacher[row, others].exp().sum()).log()
-        torch.testing.assert_close(actual, q * (ratio - (q * ratio).sum(dim=-1, keepdim=True)))
-
-
-def test_reverse_kl_of_a_student_equal_to_the_teacher_is_zero() -> None:
-    teacher = dense(9)
-    torch.testing.assert_close(
-        reverse_kl_topk(*ragged(teacher, teacher, [[1], [2, 3], [0, 4, 5]])), torch.zeros(3, dtype=torch.float64)
+def test_the_clipped_objective_begins_as_the_sampled_one() -> None:
+    student, advantages = at_targets(leaf(logits(12))), torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64)
+    plain, clipped = (
+        torch.autograd.grad(values.sum(), student, retain_graph=True)[0]
+        for values in (
+            losses.sampled(student, advantages),
+            losses.sampled_clipped(student, student.detach(), advantages, 0.2),
+        )
     )
+    torch.testing.assert_close(clipped, plain)
 
 
-def test_reverse_kl_does_not_depend_on_the_sum_that_rounding_gave_the_teacher() -> None:
-    student, student_tail, teacher, tail, positions = ragged(dense(10), dense(11), [[0, 1], [2], [3, 4, 5]])
-    expected = reverse_kl_topk(student, student_tail, teacher, tail, positions)
-    moved = reverse_kl_topk(student, student_tail, teacher - 0.03, tail - 0.03, positions)
-    torch.testing.assert_close(moved, expected)
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "slope"),
+    [
+        (1.3, 2.0, 0.0),  # far enough the way it should go
+        (0.7, -2.0, 0.0),
+        (0.7, 2.0, -0.7 * 2.0),  # the wrong way: pulled back in full
+        (1.3, -2.0, 1.3 * 2.0),
+        (1.1, 2.0, -1.1 * 2.0),
+    ],
+)
+def test_the_clipped_objective_stops_where_the_ratio_has_moved_enough(
+    ratio: float, advantage: float, slope: float
+) -> None:
+    old = torch.tensor([-2.0], dtype=torch.float64)
+    student = (old + math.log(ratio)).requires_grad_()
+    value = losses.sampled_clipped(student, old, torch.tensor([advantage], dtype=torch.float64), 0.2)
+    expected = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+    assert value.item() == pytest.approx(expected)
+    assert torch.autograd.grad(value, student)[0].item() == pytest.approx(slope)
 
 
-def test_reverse_kl_stays_finite_where_a_tail_has_no_mass() -> None:
-    nothing, some = torch.tensor([-math.inf]), torch.tensor([math.log(0.25)])
-    one, positions = torch.tensor([0.0]), torch.tensor([0])
-    assert reverse_kl_topk(one, nothing, one, nothing, positions).item() == 0.0
-    assert reverse_kl_topk(one, nothing, torch.tensor([math.log(0.75)]), some, positions).item() > 0
-    surprised = reverse_kl_topk(torch.tensor([math.log(0.75)]), some, one, nothing, positions).item()
-    assert 10 < surprised < 100
+def test_cross_entropy_is_the_negative_logprob() -> None:
+    assert losses.cross_entropy(torch.tensor([-0.25, -1.0])).tolist() == [0.25, 1.0]
 
 
-def test_reverse_kl_stays_finite_where_the_student_rules_out_a_stored_token() -> None:
-    student, teacher = torch.tensor([0.0, -math.inf]), torch.tensor([math.log(0.5), math.log(0.5)])
-    nothing, positions = torch.tensor([-math.inf]), torch.tensor([0, 0])
-    assert reverse_kl_topk(student, nothing, teacher, nothing, positions).item() == pytest.approx(math.log(2))
+# Off-policy
+
+
+def test_weighted_by_token_ratios_the_references_tokens_give_the_gradient_of_the_students() -> None:
+    student, reference, teacher = leaf(logits(13)[:1]), logits(14)[0], logits(15)[0]
+    q = torch.log_softmax(student, dim=-1)[0]
+    r, p = (torch.log_softmax(torch.from_numpy(values), dim=-1) for values in (reference, teacher))
+    weights = losses.token_ratios(q, r)
+    assert not weights.requires_grad
+    mean = (r.exp() * weights * losses.sampled(q, losses.advantages(q, p))).sum()  # over x ~ r
+    expected = twin.gradient(lambda at: twin.kl(twin.softmax(at[0]), p.exp().numpy()), logits(13)[:1])
+    assert_close(torch.autograd.grad(mean, student)[0], expected, 1e-7)
+
+
+def test_ratios_are_capped_and_those_of_a_rollout_are_the_product_over_its_tokens() -> None:
+    student, reference = torch.tensor([0.0, -1.0, -2.0]), torch.tensor([-3.0, -1.0, -1.5])
+    assert losses.token_ratios(student, reference, cap=2.0).tolist() == pytest.approx([2.0, 1.0, math.exp(-0.5)])
+    sums = torch.tensor([-0.5, 4.0])
+    assert losses.sequence_ratios(sums).tolist() == pytest.approx([math.exp(-0.5), math.exp(4.0)])
+    assert losses.sequence_ratios(sums, cap=2.0).tolist() == pytest.approx([math.exp(-0.5), 2.0])
+    assert bool(losses.sequence_ratios(torch.tensor([1e6])).isfinite().all())
+
+
+def test_the_effective_sample_size_counts_equal_weights_once_each_and_a_lone_one_once() -> None:
+    def size(*weights: float) -> float:
+        values = np.array(weights)
+        return losses.effective_sample_size(float(values.mean()), float((values**2).mean()))
+
+    assert size(0.3, 0.3, 0.3, 0.3) == pytest.approx(1)
+    assert size(5, 0, 0, 0) == pytest.approx(1 / 4)
+    assert size(0, 0) == 0
+    assert size(1, 2, 3) == pytest.approx(36 / (3 * 14))
+
+
+def test_drift_is_in_expectation_the_kl_from_the_reference_to_the_student_and_never_negative() -> None:
+    q, r = (torch.log_softmax(torch.from_numpy(logits(seed)[0]), dim=-1) for seed in (16, 17))
+    values = losses.drift(q, r)
+    assert bool((values >= 0).all())
+    assert float((r.exp() * values).sum()) == pytest.approx(twin.kl(r.exp().numpy(), q.exp().numpy()), rel=1e-9)
+    assert losses.drift(r, r).tolist() == [0.0] * VOCABULARY
