@@ -49,7 +49,7 @@ def chunked_sums(
     """The sums of a measure over all positions of a batch; where gradients are on, `loss` has one, to be used once."""
     trained = torch.is_grad_enabled()
     wanted = [tensor for tensor in weights if trained and tensor.requires_grad]
-    gradients = [torch.zeros_like(tensor) for tensor in (states, *wanted)] if trained else []
+    by_states, by_weights = torch.empty_like(states), list[Tensor]()
     totals: Sums = {}
     for start in range(0, len(states), chunk):
         piece = batch.slice(start, min(start + chunk, len(states)))
@@ -58,13 +58,14 @@ def chunked_sums(
         with torch.autocast(states.device.type, enabled=False):  # reductions in the precision of the logits
             sums = measure(predict(values, piece), piece)
         if trained:
-            by_part, *by_weights = torch.autograd.grad(sums["loss"], (part, *wanted))
-            gradients[0][start : start + chunk] = by_part
-            for total, gradient in zip(gradients[1:], by_weights, strict=True):
-                total += gradient
+            by_states[start : start + chunk], *more = torch.autograd.grad(sums["loss"], (part, *wanted))
+            more = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in more]
+            added = [total.add_(gradient) for total, gradient in zip(by_weights, more, strict=False)]
+            by_weights = added or more
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value.detach()
     if trained:
+        gradients = [by_states, *by_weights]
         totals["loss"] = _Differentiated.apply(totals["loss"], gradients, states, *wanted)  # type: ignore[no-untyped-call]
     return totals
 

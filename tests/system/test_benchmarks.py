@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -17,3 +19,22 @@ def test_the_benchmark_of_the_format_fills_its_tables(tmp_path: Path) -> None:
     for measured in ("size, sampled only", "KL of the rounding", "decode, ", "encode, ", "full pass beside", "verify"):
         assert measured in ran.stdout
     assert not results.exists()  # made-up data is no result
+
+
+@pytest.mark.parametrize(
+    ("program", "measured"),
+    [
+        (
+            "train.py",
+            ("step of opd, sampled", "peak memory of opd, reverse_kl", "a bare loop", "chunked head", "outside"),
+        ),
+        ("live_opd.py", ("at the start", "offline", "live", "reverse KL")),
+    ],
+)
+def test_the_benchmarks_of_training_fill_their_tables(program: str, measured: tuple[str, ...], tmp_path: Path) -> None:
+    results = tmp_path / "RESULTS.md"
+    command = [sys.executable, str(BENCHMARKS / program), "--small", "--results", str(results)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert all(name in ran.stdout for name in measured)
+    assert not results.exists()

@@ -62,3 +62,20 @@ def test_the_commands_of_the_tour_are_ones_that_exist() -> None:
     for line in readme_block("$ source .venv").strip().splitlines()[1:]:
         program, command, *_ = line.removeprefix("$ ").split()
         assert run_command(program, command, "--help").code == 0, line
+
+
+def test_the_commands_of_the_guide_to_training_run(sealed: Path, student_dir: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^lopd-train opd .*$", text, flags=re.MULTILINE)
+    assert len(commands) > 5
+    for line in commands:
+        line = (
+            line.replace("ARTIFACT", str(sealed))
+            .replace("SFT", str(student_dir))
+            .replace("configs/", f"{ROOT}/configs/")
+        )
+        line = re.sub(r"--output (\w+)", rf"--output {tmp_path}/\1", line)
+        program, *arguments = line.split()
+        ran = run_command(program, *arguments, "--steps", "1", "--eval-fraction", "0.2", "--device", "cpu")
+        assert ran.code == 0, f"{line}\n{ran.stderr}"
+        assert "the student is " in ran.stdout

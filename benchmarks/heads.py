@@ -1,0 +1,96 @@
+"""The head at the size of a real vocabulary: in chunks, and as anybody would write it, with all logits at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from measure import medians
+from torch import Tensor
+
+from lopd_store.topk import TopK
+from lopd_train import losses
+from lopd_train.batches import Batch, Record, collate
+from lopd_train.head import Predictions, Sums, chunked_sums
+from lopd_train.losses import Categories
+from lopd_train.measures import teacher_of
+
+
+class Case:
+    """States, a head and what a teacher said; reverse KL over its top-k and tail is what is minimised."""
+
+    def __init__(self, positions: int, vocabulary: int, width: int, k: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.states = torch.randn(positions, width, generator=generator).requires_grad_()
+        self.weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5 * 4).requires_grad_()
+        self.batch = batch(positions, vocabulary, k)
+
+    def chunked(self) -> float:
+        """With the trainer's head."""
+
+        def measure(predicted: Predictions, piece: Batch) -> Sums:
+            assert predicted.topk is not None and piece.topk is not None
+            return {"loss": losses.reverse_kl(predicted.topk, teacher_of(piece.topk)).sum()}
+
+        return self._done(chunked_sums(self._logits, self.states, self.batch, measure, weights=[self.weight])["loss"])
+
+    def full(self) -> float:
+        """With all logits at once; the tail is 1 minus the rest, which is cheaper and less exact than ours."""
+        topk = self.batch.topk
+        assert topk is not None
+        logits = self._logits(self.states)
+        at_ids = logits[topk.positions, topk.ids] - logits.logsumexp(dim=-1)[topk.positions]
+        inside = torch.zeros_like(topk.tail_logprobs).index_add(0, topk.positions, at_ids.exp())
+        student = Categories(logprobs=at_ids, tail=torch.log1p(-inside.clamp(max=1 - 1e-6)), positions=topk.positions)
+        return self._done(losses.reverse_kl(student, teacher_of(topk)).sum())
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return torch.nn.functional.linear(states, self.weight)
+
+    def _done(self, loss: Tensor) -> float:
+        torch.autograd.grad(loss, (self.states, self.weight))
+        return loss.item()
+
+
+def batch(positions: int, vocabulary: int, k: int) -> Batch:
+    """One rollout whose teacher named random tokens."""
+    random = np.random.default_rng(0)
+    logprobs = np.sort(np.log(random.dirichlet(np.ones(k + 1), positions).astype(np.float32)))[:, ::-1]
+    topk = TopK(
+        counts=np.full(positions, k, np.uint16),
+        ids=np.stack([random.choice(vocabulary, k, replace=False) for _ in range(positions)])
+        .flatten()
+        .astype(np.uint32),
+        logprobs=np.ascontiguousarray(logprobs[:, :k]).flatten(),
+        tail_logprobs=np.ascontiguousarray(logprobs[:, k]),
+    )
+    record = Record(
+        row=0,
+        token_ids=random.integers(0, vocabulary, positions + 1).astype(np.uint32),
+        prompt_length=1,
+        loss_mask=np.ones(positions, np.bool_),
+        sampled_logprobs=np.full(positions, -1, np.float32),
+        topk=topk,
+    )
+    return collate([record], "cpu")
+
+
+def once(how: str, *size: int) -> float:
+    """Loss and gradients one time, for a process whose memory is looked at."""
+    value: float = getattr(Case(*size), how)()
+    return value
+
+
+def nothing(*size: int) -> None:
+    """What both need before they begin."""
+    Case(*size)
+
+
+def times(repeats: int, *size: int) -> tuple[float, float]:
+    """Seconds in chunks and with all logits, taking turns."""
+    case = Case(*size)
+    work: list[Callable[[], float]] = [partial(Case.chunked, case), partial(Case.full, case)]
+    chunked, full = medians(*work, repeats=repeats)
+    return chunked, full

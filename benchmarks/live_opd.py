@@ -1,0 +1,264 @@
+"""Standard OPD, with the teacher in the loop, beside the offline kind: the same loss, prompts and number of rollouts.
+
+    python benchmarks/live_opd.py                                         # SmolLM2, after sft on human solutions
+    python benchmarks/live_opd.py --teacher T --student S --prompts FILE  # others
+    python benchmarks/live_opd.py --small                                 # models of no size; keeps no results
+
+Live, every step samples from the student of that moment and asks the teacher. Offline, the rollouts are sampled once,
+from the student at the start, and scored once. Both are judged by whole distributions on new rollouts of what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import relatives
+import torch
+from distributions import MODEL, packaged, write_prompts
+from measure import machine
+from report import table, write_section
+from steps import shrunk
+
+import lopd_store
+import lopd_train
+from lopd_store import gate, identify, models
+from lopd_store.prompts import read_prompts
+from lopd_store.provenance import Sampling
+from lopd_store.sampler import Sampler
+from lopd_train import TrainConfig, student
+from lopd_train.batches import Batch, Record, collate
+from lopd_train.head import Predictions, Sums
+from lopd_train.opd import objective_of
+from lopd_train.student import Student
+from lopd_train.trainer import make_optimizer
+
+HERE = Path(__file__).parent
+JUDGED, JUDGE_SEED = 16, 1_000  # rollouts, and a seed that no training has
+AT_ONCE = 4  # rollouts in a forward pass
+Ids = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Who learns what from whom."""
+
+    teacher: Path
+    student: Path
+    prompts: Path
+    tokens: int  # of a response
+    config: TrainConfig
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Count the time in here."""
+        started = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - started
+
+
+def main() -> None:
+    """Train both ways, judge both, print, and keep the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--student", type=Path)
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rollouts", type=int, default=8, help="a step")
+    parser.add_argument("--tokens", type=int, default=64, help="of a response, at most")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the models are kept")
+    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="the file whose section is rewritten")
+    parser.add_argument("--small", action="store_true", help="models of no size, in a minute; keeps no results")
+    options = parser.parse_args()
+    config = TrainConfig(
+        steps=options.steps,
+        batch_rollouts=options.rollouts,
+        learning_rate=options.learning_rate,
+        eval_fraction=0,
+        device="cpu",
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.small:
+            task = small_task(Path(scratch), replace(config, steps=2, batch_rollouts=2))
+        else:
+            cache = options.cache / "audit"
+            cache.mkdir(parents=True, exist_ok=True)
+            task = Task(
+                teacher=options.teacher or relatives.teacher(cache),
+                student=options.student or relatives.fine_tuned(cache),
+                prompts=options.prompts or own_prompts(Path(scratch)),
+                tokens=options.tokens,
+                config=config,
+            )
+        text = compare(task, Path(scratch))
+    print(text)
+    if not options.small:
+        write_section(options.results, "Live baseline", text)
+
+
+def compare(task: Task, scratch: Path) -> str:
+    """Both ways beside the student that they start from."""
+    config, teacher = task.config, student.load(task.teacher, task.config)
+    lines = [["at the start", *["-"] * 4, f"{judge(student.load(task.student, config), teacher, task):.4f}"]]
+    for name, train in (("offline", train_offline), ("live", train_live)):
+        clock = Clock()
+        trained = train(task, teacher, clock, scratch)
+        spent = [clock.seconds[what] for what in ("sampling", "scoring", "updating")]
+        lines.append(
+            [name, *(f"{seconds:.1f}" for seconds in [*spent, sum(spent)]), f"{judge(trained, teacher, task):.4f}"]
+        )
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}. Teacher {task.teacher.name}, student {task.student.name}: "
+        f"{config.steps} steps of {config.batch_rollouts} rollouts of up to {task.tokens} tokens, objective "
+        f"`{config.objective}`, learning rate {config.learning_rate:g}. KL(student || teacher) is over the whole "
+        f"vocabulary, on {JUDGED} new rollouts of each student.\n\n"
+    ) + table(["", "sampling, s", "scoring, s", "updating, s", "all, s", "reverse KL, nats/token"], lines)
+
+
+def train_live(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Student:
+    """The loop: sample, score, update."""
+    config, trained = task.config, student.load(task.student, task.config)
+    optimizer, objective = make_optimizer(trained.model, config), objective_of(config)
+    prompts = prompt_ids(task, trained)
+    for step in range(config.steps or 0):
+        streams = range(step * config.batch_rollouts, (step + 1) * config.batch_rollouts)
+        with clock.on("sampling"):
+            records = sample(trained, [prompts[stream % len(prompts)] for stream in streams], streams, task, seed=0)
+        with clock.on("scoring"):
+            records = [replace(record, sampled_logprobs=score(teacher, record)) for record in records]
+        with clock.on("updating"):
+            trained.model.train()
+            tokens = sum(record.positions for record in records)
+            for start in range(0, len(records), AT_ONCE):
+                sums = objective.train(trained, collate(records[start : start + AT_ONCE], trained.device))
+                (sums["loss"] / tokens).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(trained.model.parameters(), config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    return trained
+
+
+def train_offline(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Student:
+    """The pipeline: rollouts, artifact, training; each rollout is read once."""
+    config, rollouts, artifact = task.config, scratch / "rollouts.parquet", scratch / "artifact"
+    prompts = len(prompt_ids(task, teacher))
+    wanted = (config.steps or 0) * config.batch_rollouts
+    with clock.on("sampling"):
+        lopd_store.generate(
+            model=task.student,
+            prompts=task.prompts,
+            output=rollouts,
+            max_response_tokens=task.tokens,
+            samples_per_prompt=-(-wanted // prompts),
+            batch_size=config.batch_rollouts,
+        )
+    with clock.on("scoring"):
+        lopd_store.build(teacher=task.teacher, rollouts=rollouts, output=artifact, workers=1)
+    with clock.on("updating"):
+        output = lopd_train.train(
+            artifact=artifact,
+            student=task.student,
+            output=scratch / "offline",
+            config=config,
+            overrides=[gate.ALLOW_UNKNOWN, gate.ALLOW_INCONSISTENT],
+        ).output
+    return student.load(output, config)
+
+
+def judge(judged: Student, teacher: Student, task: Task) -> float:
+    """KL(student || teacher) in nats per token, along new rollouts of the student."""
+    prompts = prompt_ids(task, judged)
+    chosen = [prompts[number % len(prompts)] for number in range(JUDGED)]
+    total, positions = 0.0, 0
+    for record in sample(judged, chosen, range(JUDGED), task, seed=JUDGE_SEED):
+        batch = collate([record], judged.device)
+        with torch.inference_mode():
+            q, p = (
+                torch.log_softmax(model.split.logits(model.states(batch)).double(), dim=-1)
+                for model in (judged, teacher)
+            )
+            total += float((q.exp() * (q - p)).sum())
+        positions += record.positions
+    return total / positions
+
+
+def sample(model: Student, prompts: Sequence[Ids], streams: range, task: Task, *, seed: int) -> list[Record]:
+    """One response to each prompt from the model as it is now, with its own log-probs as the reference's."""
+    model.model.eval()
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=task.tokens, samples_per_prompt=1, seed=seed)
+    stop_ids = models.stop_token_ids(model.model, model.tokenizer)
+    sampler = Sampler(model.model, sampling, stop_ids, identify(task.student).vocab_size)
+    return [
+        Record(
+            row=row,
+            token_ids=np.concatenate([prompt, response.ids]),
+            prompt_length=len(prompt),
+            loss_mask=np.ones(len(response.ids), np.bool_),
+            reference_logprobs=response.logprobs,
+        )
+        for row, (prompt, response) in enumerate(
+            zip(prompts, sampler.sample([*prompts], streams, lambda _: None), strict=True)
+        )
+    ]
+
+
+@torch.inference_mode()
+def score(teacher: Student, record: Record) -> npt.NDArray[np.float32]:
+    """The teacher's log-probs of the response."""
+    found: list[torch.Tensor] = []
+
+    def keep(predicted: Predictions, _: Batch) -> Sums:
+        found.append(predicted.sampled)
+        return {}
+
+    batch = collate([record], teacher.device)
+    teacher.sums(teacher.states(batch), batch, keep)
+    return torch.cat(found).cpu().numpy()
+
+
+def prompt_ids(task: Task, model: Student) -> list[Ids]:
+    """The prompts as the model's tokenizer has them."""
+    return [prompt.ids for prompt in read_prompts(task.prompts, model.tokenizer)]
+
+
+def own_prompts(directory: Path) -> Path:
+    """Small functions to write."""
+    ask = [{"prompt": f"Write a Python function that adds {number} to its argument."} for number in range(8)]
+    return write_prompts(directory / "prompts.jsonl", ask)
+
+
+def small_task(directory: Path, config: TrainConfig) -> Task:
+    """A teacher and a student of no size."""
+    files = models.find(packaged(*MODEL))
+    for seed, name in enumerate(("teacher", "student")):
+        with models.without_bars():
+            shrunk(models.load_config(files), seed=seed).save_pretrained(directory / name)
+        models.load_tokenizer(files).save_pretrained(directory / name)
+    return Task(
+        teacher=directory / "teacher",
+        student=directory / "student",
+        prompts=own_prompts(directory),
+        tokens=8,
+        config=config,
+    )
+
+
+if __name__ == "__main__":
+    main()
