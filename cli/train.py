@@ -15,6 +15,7 @@ import lopd_train
 from lopd_store import gate
 from lopd_train import OPD, SFT, OnProgress, Progress, RunResult, TrainConfig, measures
 from lopd_train.config import help_of
+from lopd_train.world import from_environment
 
 from . import console, settings
 
@@ -126,10 +127,15 @@ def opd(
 
 
 @contextmanager
-def _shown(description: str) -> Iterator[OnProgress]:
-    """Show the progress of a run, and how to go on after Ctrl-C."""
+def _shown(description: str) -> Iterator[OnProgress | None]:
+    """Show the progress of a run, and how to go on after Ctrl-C; of many processes the first one speaks."""
+    if not from_environment().is_first:
+        yield None
+        return
 
     def show(progress: Progress) -> None:
+        if progress.note:
+            console.note(progress.note)
         metrics = progress.metrics
         words = [f"step {progress.step} of {progress.steps}", progress.activity]
         words += [f"{name.replace('_', ' ')} {metrics[name]:.3g}" for name in _WATCHED if name in metrics]
@@ -147,6 +153,8 @@ def _shown(description: str) -> Iterator[OnProgress]:
 
 
 def _answer(result: RunResult, json: bool) -> None:
+    if not from_environment().is_first:
+        return
     if json:
         console.answer({**vars(result), "output": str(result.output)})
         return

@@ -1,18 +1,15 @@
-"""From rollouts on disk to tensors on a device: records, the held-out split, the data order, micro-batches.
+"""From records to tensors on a device: micro-batches, packed.
 
-    records = read_artifact(lopd_store.open("artifact"))
-    training, held_out = hold_out(records, fraction=0.05, seed=0)
-    chosen = [training[i] for i in rollouts_of_step(7, len(training), batch=256, seed=0)]
-    for batch in micro_batches(chosen, max_tokens=8192, device="cuda"): ...
+    for records in micro_batches(chosen, max_tokens=8192):
+        batch = collate(records, "cuda")
 
-A record carries token ids and teacher values together, so nothing can be cut or shuffled apart. What is in a batch at
-step n follows from the seed and n alone.
+A record carries token ids and teacher values together, so nothing can be cut or shuffled apart.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,9 +20,6 @@ import torch
 from torch import Tensor
 
 from lopd_store import topk
-from lopd_store.errors import DataError
-from lopd_store.reader import Artifact, rollout_of_part
-from lopd_store.rollouts import RolloutsFile
 from lopd_store.topk import TopK
 
 
@@ -81,11 +75,12 @@ class BatchTopK:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Some rollouts as tensors; positions of all of them in one row, without those that the loss mask excludes."""
+    """Some rollouts end to end, as tensors; positions are those of all of them that the loss mask includes."""
 
     rows: tuple[int, ...]
-    input_ids: Tensor  # [rollouts, longest], padded on the right
-    sources: Tensor  # [positions], the flat index in input_ids of the token before each target
+    input_ids: Tensor  # [1, tokens]
+    borders: Tensor  # [rollouts + 1], int32, on the CPU: where each rollout begins in input_ids
+    sources: Tensor  # [positions], the index in input_ids of the token before each target
     targets: Tensor  # [positions], token ids
     rollouts: Tensor  # [positions], which of `rows` each belongs to
     sampled_logprobs: Tensor | None  # [positions]
@@ -106,109 +101,34 @@ class Batch:
         )
 
 
-def read_artifact(artifact: Artifact) -> list[Record]:
-    """Every rollout of an artifact with at least one position that counts in the loss."""
-    rollouts = (rollout_of_part(part, i) for part in artifact.parts() for i in range(len(part.prompt_lengths)))
-    return _counting(
-        (
-            Record(
-                row=row,
-                token_ids=np.concatenate([rollout.prompt_ids, rollout.response_ids]),
-                prompt_length=len(rollout.prompt_ids),
-                loss_mask=rollout.loss_mask,
-                sampled_logprobs=rollout.sampled_logprobs,
-                reference_logprobs=rollout.reference_logprobs,
-                topk=rollout.topk,
-            )
-            for row, rollout in zip(artifact.rollouts, rollouts, strict=True)
-        ),
-        str(artifact.path),
-    )
+def micro_batches(records: Sequence[Record], *, max_tokens: int, share: int = 1) -> list[list[Record]]:
+    """Cut rollouts into micro-batches of about equal length: at most `max_tokens` tokens each, or a single rollout.
 
-
-def read_rollouts(file: RolloutsFile) -> list[Record]:
-    """Every rollout of an SFT data file with at least one position that counts in the loss."""
-    return _counting(
-        (
-            Record(
-                row=row,
-                token_ids=rollout.token_ids,
-                prompt_length=len(rollout.prompt_ids),
-                loss_mask=rollout.loss_mask,
-            )
-            for row, rollout in enumerate(file.read())
-        ),
-        str(file.path),
-    )
-
-
-def check_records(records: Iterable[Record], *, vocab_size: int, context_length: int | None) -> None:
-    """Raise DataError at the first rollout that the student cannot read whole."""
-    for record in records:
-        if record.prompt_length == 0:
-            raise DataError(f"rollout {record.row} has no prompt, so nothing predicts its first token")
-        if int(record.token_ids.max()) >= vocab_size:
-            raise DataError(
-                f"rollout {record.row} has a token id that the student does not know",
-                expected=f"below {vocab_size}",
-                actual=int(record.token_ids.max()),
-            )
-        if context_length is not None and len(record.token_ids) > context_length:
-            raise DataError(
-                f"rollout {record.row} is longer than the student's context",
-                expected=f"at most {context_length} tokens",
-                actual=f"{len(record.token_ids)} tokens, {record.prompt_length} of them the prompt",
-                hint="leave it out of the rollouts; a rollout is never cut",
-            )
-
-
-def hold_out(records: Sequence[Record], *, fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records; all rollouts of one prompt are on the same side.
-
-    The prompts with the smallest seeded hashes are held out, at least one unless the fraction is 0 or there is no
-    other prompt to train on.
+    There is a multiple of `share` of them, or one for each rollout.
     """
-    prompts = sorted(
-        {record.prompt for record in records},
-        key=lambda prompt: hashlib.sha256(seed.to_bytes(8, "little") + prompt).digest(),
-    )
-    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1) if fraction > 0 else 0
-    chosen = frozenset(prompts[:count])
-    return (
-        [record for record in records if record.prompt not in chosen],
-        [record for record in records if record.prompt in chosen],
-    )
-
-
-def rollouts_of_step(step: int, count: int, *, batch: int, seed: int) -> list[int]:
-    """Which of `count` rollouts step 1, 2, … trains on: the epochs' permutations, end to end, in runs of `batch`."""
-    epochs, places = np.divmod(np.arange((step - 1) * batch, step * batch), count)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in np.unique(epochs).tolist()}
-    return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]
-
-
-def micro_batches(records: Sequence[Record], *, max_tokens: int, device: str) -> Iterator[Batch]:
-    """Batches of rollouts of similar length, each of at most `max_tokens` tokens with padding or a single rollout."""
-    waiting: list[Record] = []
-    for record in sorted(records, key=lambda record: -len(record.token_ids)):  # the longest first: memory fails early
-        if waiting and (len(waiting) + 1) * len(waiting[0].token_ids) > max_tokens:
-            yield collate(waiting, device)
-            waiting = []
-        waiting.append(record)
-    if waiting:
-        yield collate(waiting, device)
+    longest_first = sorted(records, key=lambda record: -len(record.token_ids))
+    count = -(-sum(len(record.token_ids) for record in records) // max_tokens)
+    while True:
+        count = min(-(-count // share) * share, len(records))
+        cut: list[list[Record]] = [[] for _ in range(count)]
+        fill = [(0, index) for index in range(count)]  # a heap: the emptiest takes the next
+        for record in longest_first:
+            tokens, index = fill[0]
+            heapq.heapreplace(fill, (tokens + len(record.token_ids), index))
+            cut[index].append(record)
+        if all(tokens <= max_tokens or len(cut[index]) == 1 for tokens, index in fill):
+            return cut
+        count += 1
 
 
 def collate(records: Sequence[Record], device: str) -> Batch:
     """Records as one batch. Here, once, the targets are chosen and shifted against the states that predict them."""
-    longest = max(len(record.token_ids) for record in records)
-    input_ids = np.zeros((len(records), longest), np.int64)
-    sources, targets = [], []
-    for index, record in enumerate(records):
-        input_ids[index, : len(record.token_ids)] = record.token_ids
-        places = record.prompt_length + np.flatnonzero(record.loss_mask)
-        targets.append(record.token_ids[places])
-        sources.append(index * longest + places - 1)  # a token is predicted by the state of the one before it
+    borders = np.zeros(len(records) + 1, np.int64)
+    np.cumsum([len(record.token_ids) for record in records], out=borders[1:])
+    places = [record.prompt_length + np.flatnonzero(record.loss_mask) for record in records]
+    targets = [record.token_ids[some] for record, some in zip(records, places, strict=True)]
+    # A token is predicted by the state of the one before it.
+    sources = [start + some - 1 for start, some in zip(borders[:-1], places, strict=True)]
 
     def tensor(pieces: Sequence[npt.NDArray[Any]], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.concatenate(pieces)).to(device=device, dtype=dtype)
@@ -220,7 +140,8 @@ def collate(records: Sequence[Record], device: str) -> Batch:
     kept = [record.topk.mask(record.loss_mask) for record in records if record.topk is not None]
     return Batch(
         rows=tuple(record.row for record in records),
-        input_ids=torch.from_numpy(input_ids).to(device),
+        input_ids=tensor([record.token_ids for record in records], torch.int64)[None],
+        borders=torch.from_numpy(borders.astype(np.int32)),
         sources=tensor(sources, torch.int64),
         targets=tensor(targets, torch.int64),
         rollouts=tensor([np.full(len(some), index) for index, some in enumerate(targets)], torch.int64),
@@ -228,13 +149,6 @@ def collate(records: Sequence[Record], device: str) -> Batch:
         reference_logprobs=tensor(reference, torch.float32) if reference else None,
         topk=_batch_topk(topk.concatenate(kept), device) if kept else None,
     )
-
-
-def _counting(records: Iterable[Record], where: str) -> list[Record]:
-    counting = [record for record in records if record.positions]
-    if not counting:
-        raise DataError(f"`{where}` has nothing to train on", expected="response tokens that the loss mask includes")
-    return counting
 
 
 def _batch_topk(stored: TopK, device: str) -> BatchTopK:

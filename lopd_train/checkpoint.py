@@ -3,25 +3,42 @@
     OUTPUT.training/            while it runs
         run.json                what the run is: settings, inputs, verdict of the gate, versions
         metrics.jsonl
-        state.pt                what it takes to resume: weights, optimiser, step, random state
+        state-25/               what it takes to resume after step 25: weights, optimiser, place in the data
+        checkpoints/step-25/    a model of that step, where such are kept
     OUTPUT/                     once it is finished: the same without the state, and a model as `save_pretrained`
         lopd-provenance.json    writes it, with the record that ties it to its data,
         README.md               and a card for people
 
 Everything is written under another name first and renamed, so a crash at any moment leaves the state before it whole.
+A state is written by all processes of a run, each its shards, and read by however many there are next time.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
+import shutil
+import subprocess
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from transformers import AutoModelForCausalLM
 
 from lopd_store import strictjson
 from lopd_store.durable import sync_directory, write_durably
@@ -31,15 +48,20 @@ from lopd_store.identity import ModelIdentity, identify
 from lopd_store.manifest import Manifest
 from lopd_store.models import PROVENANCE_FILE, without_bars
 from lopd_store.provenance import CheckpointRecord, Method, SftProvenance
+from lopd_train import lora
 from lopd_train.card import MODEL_CARD, render_model_card
 from lopd_train.config import FREE_TO_CHANGE, TrainConfig
+from lopd_train.data import Cursor
 from lopd_train.student import Student
+from lopd_train.world import World
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-_STATE_FILE = "state.pt"
+_CHECKPOINTS = "checkpoints"
+_PLACE_FILE = "place.json"  # in a state: where in its steps and data the run is
 # What may differ between a run and its resumption: where things lie, and the settings that say so.
 _NOT_COMPARED = {"inputs.model.path", "inputs.model.identity.name", "inputs.data.path"}
+_TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True)
 _NOT_COMPARED |= {f"config.{name}" for name in FREE_TO_CHANGE}
 
 
@@ -84,7 +106,7 @@ def check_output(output: Path) -> None:
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
 
 
-def begin(run: Run, output: Path) -> Path:
+def begin(run: Run, output: Path, world: World) -> Path:
     """The directory that the run works in, new or of the same run interrupted; another run's is refused."""
     directory = output.with_name(output.name + ".training")
     path, wanted = directory / RUN_FILE, run.to_json()
@@ -98,67 +120,162 @@ def begin(run: Run, output: Path) -> Path:
                     actual=value,
                     hint=f"go on as it was begun, or remove `{directory}` to begin anew",
                 )
-    directory.mkdir(parents=True, exist_ok=True)
-    write_durably(path, strictjson.pretty({**wanted, "versions": _versions()}))
+    world.wait()  # until all have compared
+    if world.is_first:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_durably(path, strictjson.pretty({**wanted, "versions": _versions()}))
+    world.wait()
     return directory
 
 
-def save_state(directory: Path, *, step: int, student: Student, optimizer: torch.optim.Optimizer) -> None:
+def save_state(
+    directory: Path,
+    *,
+    step: int,
+    cursor: Cursor,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+) -> None:
     """Keep what it takes to go on after `step`; the state before it stays until this one is whole."""
-    state = {
-        "step": step,
-        "model": student.model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    unfinished = directory / (_STATE_FILE + ".unfinished")
+    state, unfinished = directory / f"state-{step}", directory / "state.unfinished"
+    if world.is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    world.wait()
     try:
-        with unfinished.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(directory / _STATE_FILE)
+        with _alone_or_together():
+            save(_tensors(student, optimizer), checkpoint_id=unfinished)
+    except CheckpointException as error:  # holds what went wrong in each process
+        raise next(iter(error.failures.values()))[0] from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        if world.is_first and not (unfinished / ".metadata").exists():
+            shutil.rmtree(unfinished, ignore_errors=True)  # it may have filled the disk
+    if world.is_first:
+        write_durably(unfinished / _PLACE_FILE, strictjson.pretty({"step": step, "cursor": asdict(cursor)}))
+        shutil.rmtree(state, ignore_errors=True)
+        unfinished.rename(state)
+        sync_directory(directory)
+        for other in _states(directory):
+            if other != state:
+                shutil.rmtree(other)
+    world.wait()
 
 
-def load_state(directory: Path, *, student: Student, optimizer: torch.optim.Optimizer) -> int:
-    """Take up the saved state, if there is one; returns the steps that are done."""
-    path = directory / _STATE_FILE
-    if not path.is_file():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    student.model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
-    if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-    return int(state["step"])
-
-
-def finish(run: Run, student: Student, directory: Path, output: Path) -> None:
-    """Write the model and its provenance beside the run's files, and give the whole its name."""
-    with without_bars():
-        student.model.to(student.dtype).save_pretrained(directory)
-    student.tokenizer.save_pretrained(directory)
-    record = CheckpointRecord(
-        status="recorded",
-        method=run.method,
-        model=replace(identify(directory), name=output.name),
-        base=run.base,
-        data=run.data_digest,
-        sft=run.sft,
-        overrides=run.overrides,
+def load_state(directory: Path, *, student: Student, optimizer: torch.optim.Optimizer) -> tuple[int, Cursor]:
+    """Take up the saved state, if there is one; returns the steps that are done, and where the data is."""
+    states = _states(directory)
+    if not states:
+        return 0, Cursor()
+    place = strictjson.loads((states[-1] / _PLACE_FILE).read_bytes(), where=str(states[-1] / _PLACE_FILE))
+    tensors = _tensors(student, optimizer)
+    with _alone_or_together():
+        load(tensors, checkpoint_id=states[-1])
+    set_state_dict(
+        student.model,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+        options=_TRAINED_ALONE,
     )
-    write_durably(directory / PROVENANCE_FILE, strictjson.pretty(record.to_json()))
-    write_durably(directory / MODEL_CARD, render_model_card(record, run.config, run.artifact).encode())
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    directory.rename(output)
-    sync_directory(output.parent)
-    (output / _STATE_FILE).unlink(missing_ok=True)
+    return int(place["step"]), Cursor(**place["cursor"])
+
+
+def keep_model(
+    directory: Path, *, step: int, student: Student, config: TrainConfig, scores: Mapping[int, float], world: World
+) -> Path:
+    """Write the model of a step; of the others, the last ones and the one with the lowest score stay."""
+    kept = directory / _CHECKPOINTS
+    path, unfinished = kept / f"step-{step}", kept / "unfinished"
+    weights = whole_weights(student, config)
+    if world.is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
+        write_model(student, weights, unfinished)
+        unfinished.rename(path)
+        steps = sorted(map(_number, kept.glob("step-*")))
+        best = min((step for step in steps if step in scores), key=lambda step: scores[step], default=None)
+        for step in steps[: -config.keep_checkpoints]:
+            if step != best:
+                shutil.rmtree(kept / f"step-{step}")
+    world.wait()
+    return path
+
+
+def run_command(command: str, model: Path, step: int) -> int:
+    """The exit code of a shell command that is told where the model of a step is; what it prints goes to stderr."""
+    environment = {**os.environ, "LOPD_CHECKPOINT": str(model), "LOPD_STEP": str(step)}
+    return subprocess.run(command, shell=True, env=environment, stdout=2, check=False).returncode
+
+
+def finish(run: Run, student: Student, directory: Path, output: Path, world: World) -> None:
+    """Write the model and its provenance beside the run's files, and give the whole its name."""
+    weights = whole_weights(student, run.config)
+    if world.is_first:
+        write_model(student, weights, directory)
+        record = CheckpointRecord(
+            status="recorded",
+            method=run.method,
+            model=replace(identify(directory), name=output.name),
+            base=run.base,
+            data=run.data_digest,
+            sft=run.sft,
+            overrides=run.overrides,
+        )
+        write_durably(directory / PROVENANCE_FILE, strictjson.pretty(record.to_json()))
+        write_durably(directory / MODEL_CARD, render_model_card(record, run.config, run.artifact).encode())
+        for path in directory.iterdir():
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        directory.rename(output)
+        sync_directory(output.parent)
+        for state in output.glob("state*"):
+            shutil.rmtree(state)
+    world.wait()
+
+
+def whole_weights(student: Student, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The weights to export, by name, on the CPU, in the dtype of the arithmetic; of a sharded model in the first
+    process alone."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_model_state_dict(student.model, options=options)
+    weights = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    return {name: value.to(student.dtype) for name, value in lora.merge(weights, config).items()}
+
+
+def write_model(student: Student, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """A directory as `save_pretrained` writes it."""
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(copy.deepcopy(student.model.config))
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = student.model.generation_config
+    with without_bars():
+        plain.save_pretrained(directory)
+    student.tokenizer.save_pretrained(directory)
+
+
+def _tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What is trained, by names that do not depend on how many processes there are."""
+    model, optimizer_state = get_state_dict(student.model, optimizer, options=_TRAINED_ALONE)
+    return {"model": model, "optimizer": optimizer_state}
+
+
+@contextmanager
+def _alone_or_together() -> Iterator[None]:
+    """Keep torch from remarking that a process is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _states(directory: Path) -> list[Path]:
+    """The whole states, the last one last; a crash may have left two."""
+    return sorted(directory.glob("state-*"), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,8 +20,12 @@ Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "bfloat16"]
 Loss = Literal["sampled", "reverse_kl", "forward_kl", "jsd"]
 Correction = Literal["none", "token", "sequence"]
-# These change how fast a run goes and what it needs, not what it computes, so a resumed run may change them.
-FREE_TO_CHANGE = frozenset({"device", "micro_batch_tokens", "gradient_checkpointing", "checkpoint_every"})
+# These change how fast a run goes and what it needs, not what it computes, so a resumed run may change them. What it
+# drops from now on as too long would have stopped it before.
+FREE_TO_CHANGE = frozenset(
+    {"device", "micro_batch_tokens", "compile", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints"}
+    | {"eval_command", "drop_long"}
+)
 
 # Settings that only some objectives read, and why the others cannot.
 _AT_TOKENS = (("sampled",), "only the sampled token has an advantage")
@@ -57,14 +61,22 @@ class TrainConfig:
     betas: Annotated[tuple[float, float], "AdamW's two decay rates."] = (0.9, 0.98)
     clip_norm: Annotated[float, "Greatest norm of the gradient."] = 1.0
     batch_rollouts: Annotated[int, "Rollouts per optimiser step; all of them where there are fewer."] = 256
-    micro_batch_tokens: Annotated[int, "Padded tokens per forward pass; a longer rollout goes alone."] = 8192
+    micro_batch_tokens: Annotated[int, "Tokens per forward pass; a longer rollout goes alone."] = 8192
+    shuffle_parts: Annotated[int, "Parts whose rollouts are shuffled together; memory holds twice as many."] = 8
+    drop_long: Annotated[bool, "Leave out rollouts longer than the student's context instead of stopping."] = False
     seed: Annotated[int, "Seed of the data order and of the held-out split."] = 0
     dtype: Annotated[Dtype, "Arithmetic of the forward pass, and the output's dtype."] = "float32"
     device: Annotated[str | None, "cpu, cuda, cuda:1, …; by default a GPU where there is one."] = None
+    compile: Annotated[bool, "Compile each transformer block with torch.compile."] = False
+    lora_rank: Annotated[int | None, "Train low-rank adapters of this rank instead of the weights."] = None
+    lora_alpha: Annotated[float, "Adapters are scaled by this divided by their rank."] = 32.0
+    lora_targets: Annotated[str, "The layers with adapters: all-linear, or names with commas between."] = "all-linear"
     gradient_checkpointing: Annotated[bool, "Recompute activations instead of keeping them."] = False
     eval_every: Annotated[int, "Steps between evaluations; there is one before and one after in any case."] = 25
     eval_fraction: Annotated[float, "Share of the prompts held out for evaluation; 0 for none."] = 0.05
     checkpoint_every: Annotated[int, "Steps between checkpoints to resume from."] = 25
+    keep_checkpoints: Annotated[int, "Models kept of this many last checkpoints, and of the best one."] = 0
+    eval_command: Annotated[str | None, "Run after checkpoints, told LOPD_CHECKPOINT (a model) and LOPD_STEP."] = None
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -88,11 +100,15 @@ class TrainConfig:
             ("clip_norm", 0 < self.clip_norm < math.inf, "above 0"),
             ("batch_rollouts", self.batch_rollouts >= 1, "1 or more"),
             ("micro_batch_tokens", self.micro_batch_tokens >= 1, "1 or more"),
+            ("shuffle_parts", self.shuffle_parts >= 1, "1 or more"),
             ("seed", 0 <= self.seed < 1 << 63, "0 to 2^63 - 1"),
             ("dtype", self.dtype in get_args(Dtype), " or ".join(get_args(Dtype))),
+            ("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "1 or more"),
+            ("lora_alpha", 0 < self.lora_alpha < math.inf, "above 0"),
             ("eval_every", self.eval_every >= 1, "1 or more"),
             ("eval_fraction", 0 <= self.eval_fraction < 1, "from 0 to below 1"),
             ("checkpoint_every", self.checkpoint_every >= 1, "1 or more"),
+            ("keep_checkpoints", self.keep_checkpoints >= 0, "0 or more"),
         ):
             if not fits:
                 raise InputError(
@@ -131,7 +147,9 @@ class TrainConfig:
         """The same settings with nothing left open, for this many training rollouts."""
         batch = min(self.batch_rollouts, rollouts)
         steps = self.steps or math.ceil(self.epochs * rollouts / batch)
-        return replace(self, steps=steps, batch_rollouts=batch, device=self.device or default_device())
+        keep = max(self.keep_checkpoints, 1) if self.eval_command else self.keep_checkpoints
+        device = self.device or default_device()
+        return replace(self, steps=steps, batch_rollouts=batch, device=device, keep_checkpoints=keep)
 
     def to_json(self) -> Mapping[str, Any]:
         """A JSON object with one member per setting."""

@@ -8,7 +8,6 @@ it the gate must find that the teacher is the one behind the student's SFT data.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +19,13 @@ from lopd_store import gate
 from lopd_store.errors import InputError
 from lopd_store.identity import identify
 from lopd_train import losses, measures
-from lopd_train.batches import Batch, hold_out, read_artifact
+from lopd_train.batches import Batch
 from lopd_train.checkpoint import Run, check_output
 from lopd_train.config import OPD, TrainConfig
+from lopd_train.data import Feed, artifact_source
 from lopd_train.head import Predictions, Sums
-from lopd_train.runlog import OnProgress
-from lopd_train.student import Student
+from lopd_train.runlog import OnMetrics, OnProgress
+from lopd_train.student import Student, limits
 from lopd_train.trainer import Objective, RunResult, fit
 
 
@@ -37,6 +37,7 @@ def train_opd(
     config: TrainConfig = OPD,
     overrides: Collection[str] = (),
     on_progress: OnProgress | None = None,
+    on_metrics: OnMetrics | None = None,
 ) -> RunResult:
     """Train a student on an artifact; goes on where an interrupted run with this output stopped.
 
@@ -49,14 +50,14 @@ def train_opd(
     inputs, base = opened.manifest.inputs, identify(student)
     verdict = gate.judge(inputs, base)
     overridden = gate.enforce(verdict, overrides)
-    training, held_out = hold_out(read_artifact(opened), fraction=config.eval_fraction, seed=config.seed)
     whole = config.objective != "sampled"  # trains on the whole stored distribution
-    if any(record.topk is None for record in ([*training, *held_out] if whole else held_out)):
+    if not opened.view.has_topk and (whole or config.eval_fraction > 0):
         raise InputError(
             f"`{artifact}` is a copy without top-k, so reverse KL cannot be computed",
             hint="pull the whole artifact, or pass `--objective sampled --eval-fraction 0`",
         )
-    if config.needs_reference and any(record.reference_logprobs is None for record in training):
+    feed = Feed(artifact_source(opened), limits(student, base), config=config, topk=whole)
+    if config.needs_reference and not feed.has_reference:
         raise InputError(
             f"`{artifact}` has no log-probs of the reference policy",
             expected=f"reference log-probs, for {', '.join(config.needs_reference)}",
@@ -64,7 +65,7 @@ def train_opd(
         )
     run = Run(
         method="opd",
-        config=config.resolve(len(training)),
+        config=config.resolve(feed.rollouts),
         model=str(student),
         base=base,
         data=str(artifact),
@@ -77,10 +78,10 @@ def train_opd(
     return fit(
         run,
         objective=objective_of(config),
-        training=training if whole else [replace(record, topk=None) for record in training],
-        held_out=held_out,
+        feed=feed,
         output=output,
         on_progress=on_progress,
+        on_metrics=on_metrics,
     )
 
 

@@ -13,12 +13,13 @@ from lopd_store.identity import ModelIdentity, identify
 from lopd_store.provenance import RolloutsRecord, sft_of_data
 from lopd_store.rollouts import RolloutsFile
 from lopd_train import losses, measures
-from lopd_train.batches import Batch, hold_out, read_rollouts
+from lopd_train.batches import Batch
 from lopd_train.checkpoint import Run, check_output
 from lopd_train.config import SFT, TrainConfig
+from lopd_train.data import Feed, rollouts_source
 from lopd_train.head import Predictions, Sums
-from lopd_train.runlog import OnProgress
-from lopd_train.student import Student
+from lopd_train.runlog import OnMetrics, OnProgress
+from lopd_train.student import Student, limits
 from lopd_train.trainer import Objective, RunResult, fit
 
 
@@ -29,6 +30,7 @@ def train_sft(
     output: str | Path,
     config: TrainConfig = SFT,
     on_progress: OnProgress | None = None,
+    on_metrics: OnMetrics | None = None,
 ) -> RunResult:
     """Train a model on SFT data with cross-entropy; goes on where an interrupted run with this output stopped."""
     output = Path(output)
@@ -36,20 +38,18 @@ def train_sft(
     file = RolloutsFile(data)
     base = identify(model)
     _check_tokenizer(file.record, base)
-    training, held_out = hold_out(read_rollouts(file), fraction=config.eval_fraction, seed=config.seed)
+    feed = Feed(rollouts_source(file), limits(model, base), config=config)
     digest = file.digest()
     run = Run(
         method="sft",
-        config=config.resolve(len(training)),
+        config=config.resolve(feed.rollouts),
         model=str(model),
         base=base,
         data=str(data),
         data_digest=digest,
         sft=sft_of_data(file.record, digest),
     )
-    return fit(
-        run, objective=CROSS_ENTROPY, training=training, held_out=held_out, output=output, on_progress=on_progress
-    )
+    return fit(run, objective=CROSS_ENTROPY, feed=feed, output=output, on_progress=on_progress, on_metrics=on_metrics)
 
 
 def _train(student: Student, batch: Batch) -> Sums:
@@ -65,7 +65,7 @@ def _measure(predicted: Predictions, piece: Batch) -> Sums:
     return {"loss": losses.cross_entropy(predicted.sampled).sum(), **measures.measure(predicted, piece)}
 
 
-CROSS_ENTROPY = Objective(train=_train, evaluate=_evaluate)
+CROSS_ENTROPY = Objective(train=_train, evaluate=_evaluate, best_by="cross_entropy")
 
 
 def _check_tokenizer(record: RolloutsRecord | None, base: ModelIdentity) -> None:

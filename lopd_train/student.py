@@ -9,6 +9,7 @@ The body runs once over a batch; the head runs over chunks of positions, see `he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor
 
 from lopd_store import models
-from lopd_store.errors import InputError
+from lopd_store.identity import ModelIdentity
 from lopd_store.models import SplitModel
+from lopd_train import lora, packing
 from lopd_train.batches import Batch
 from lopd_train.config import TrainConfig
+from lopd_train.data import Limits
 from lopd_train.head import MIN_CHUNK, Measure, Sums, chunked_sums
+from lopd_train.world import ALONE, World, blocks, own_device, shard
 
 _CHUNK_LOGITS = 1 << 24  # alive at once, a few times over: 64 MiB each in float32
 
@@ -35,16 +39,18 @@ class Student:
     split: SplitModel
     device: str
     dtype: torch.dtype  # of the arithmetic
+    packs: bool  # the body takes rollouts end to end
+    gathered: Callable[..., Any]  # calls a function of this student while its weights are whole, see `world.shard`
 
     def states(self, batch: Batch) -> Tensor:
-        """The hidden state that predicts each target; [positions, width].
-
-        Padding is on the right, where a causal model does not look, so no attention mask is needed.
-        """
+        """The hidden state that predicts each target; [positions, width]."""
+        inputs = [packing.inputs(batch.input_ids, batch.borders)]
+        if not self.packs:  # one by one
+            pieces = torch.split(batch.input_ids, batch.borders.diff().tolist(), dim=1)
+            inputs = [{"input_ids": piece, "use_cache": False} for piece in pieces]
         with self._autocast():
-            output = self.split.body(input_ids=batch.input_ids, use_cache=False)
-        states: Tensor = output.last_hidden_state.flatten(0, 1)[batch.sources]
-        return states
+            states = [self.split.body(**some).last_hidden_state[0] for some in inputs]
+        return torch.cat(states)[batch.sources]
 
     def sums(self, states: Tensor, batch: Batch, measure: Measure) -> Sums:
         """The sums of a measure over all positions of a batch; `loss` is differentiable, once."""
@@ -57,21 +63,35 @@ class Student:
         return torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def load(model: str | Path, config: TrainConfig) -> Student:
-    """Load a student with float32 weights on the config's device."""
-    device = config.device or models.default_device()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"there is no device `{device}` here", expected="cpu", hint="leave `--device` out")
+def load(model: str | Path, config: TrainConfig, world: World = ALONE) -> Student:
+    """Load a student with float32 weights, or frozen ones with adapters; sharded where there are several processes."""
+    device, dtype = models.pick_device(config.device and own_device(config.device)), getattr(torch, config.dtype)
     files = models.find(model)
-    loaded = models.load_model(files, dtype="float32", device=device)
+    # Beside adapters, which are float32, the weights only stand there; but the same FSDP unit wants a single dtype.
+    kept = config.dtype if config.lora_rank and world.size == 1 else "float32"
+    loaded = models.load_model(files, dtype=kept, device=device if world.size == 1 else "cpu")
     if files.gguf_file is not None:
         loaded = models.copy_without_quantization(loaded)
+    split, packs = models.split(loaded), packing.prepare(loaded)
+    if config.lora_rank:
+        lora.add(loaded, config)
     if config.gradient_checkpointing:
         loaded.activation_checkpointing_enable()
+    if config.compile:
+        for block in blocks(loaded):
+            block.compile()
     return Student(
         model=loaded,
         tokenizer=models.load_tokenizer(files),
-        split=models.split(loaded),
+        split=split,
         device=device,
-        dtype=getattr(torch, config.dtype),
+        dtype=dtype,
+        packs=packs,
+        gathered=shard(loaded, world, dtype, device),
     )
+
+
+def limits(model: str | Path, base: ModelIdentity) -> Limits:
+    """What a model of this identity can read."""
+    config = models.load_config(models.find(model))
+    return Limits(vocab_size=min(base.vocab_size, base.output_width), context_length=models.context_length(config))

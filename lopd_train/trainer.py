@@ -15,17 +15,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lopd_store.errors import DataError
-from lopd_store.models import context_length
+from lopd_store.errors import DataError, InputError
 from lopd_train import checkpoint, measures
-from lopd_train.batches import Batch, Record, check_records, micro_batches, rollouts_of_step
+from lopd_train.batches import Batch, Record, collate, micro_batches
 from lopd_train.checkpoint import Run
 from lopd_train.config import TrainConfig
+from lopd_train.data import Feed
 from lopd_train.head import Sums
-from lopd_train.runlog import Metrics, OnProgress, Progress, RunLog
+from lopd_train.runlog import Metrics, OnMetrics, OnProgress, Progress, RunLog
 from lopd_train.student import Student, load
+from lopd_train.world import ALONE, World, joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class Objective:
 
     train: Callable[[Student, Batch], Sums]
     evaluate: Callable[[Student, Batch], Sums]
+    best_by: str = "reverse_kl"  # the measure by which a checkpoint is better than another, the lower the better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +55,32 @@ def fit(
     run: Run,
     *,
     objective: Objective,
-    training: Sequence[Record],
-    held_out: Sequence[Record],
+    feed: Feed,
     output: Path,
     on_progress: OnProgress | None = None,
+    on_metrics: OnMetrics | None = None,
 ) -> RunResult:
     """Do a run, or what is left of it, and leave the trained model in `output`."""
-    student = load(run.model, run.config)
-    check_records(
-        [*training, *held_out],
-        vocab_size=min(run.base.vocab_size, run.base.output_width),
-        context_length=context_length(student.model.config),
-    )
-    directory = checkpoint.begin(run, output)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(run.config.seed)
+    config = run.config
+    assert config.device is not None
+    gpus = range(torch.cuda.device_count())
+    with joined(config.device) as world, torch.random.fork_rng(devices=gpus):
+        check_share(config, world)
+        torch.manual_seed(config.seed)
+        student = load(run.model, config, world)
+        directory = checkpoint.begin(run, output, world)
         trainer = Trainer(
-            config=run.config,
+            config=config,
             objective=objective,
             student=student,
-            training=training,
-            held_out=held_out,
+            feed=feed,
             directory=directory,
-            on_progress=on_progress,
+            world=world,
+            on_progress=on_progress if world.is_first else None,
+            on_metrics=on_metrics,
         )
         trainer.train()
-    checkpoint.finish(run, student, directory, output)
+        checkpoint.finish(run, student, directory, output, world)
     evaluations = trainer.log.evaluations or [{}]
     return RunResult(output=output, steps=trainer.step, first_eval=evaluations[0], last_eval=evaluations[-1])
 
@@ -87,17 +92,23 @@ class Trainer:
     config: TrainConfig  # resolved
     objective: Objective
     student: Student
-    training: Sequence[Record]
-    held_out: Sequence[Record]
+    feed: Feed
     directory: Path
+    world: World = ALONE
     on_progress: OnProgress | None = None
+    on_metrics: OnMetrics | None = None
 
     def __post_init__(self) -> None:
         assert self.config.steps is not None
         self.steps = self.config.steps
         self.optimizer = make_optimizer(self.student.model, self.config)
-        self.step = checkpoint.load_state(self.directory, student=self.student, optimizer=self.optimizer)
-        self.log = RunLog(self.directory / checkpoint.METRICS_FILE, step=self.step)
+        self.step, self.cursor = checkpoint.load_state(self.directory, student=self.student, optimizer=self.optimizer)
+        self.log = RunLog(
+            self.directory / checkpoint.METRICS_FILE,
+            step=self.step,
+            writes=self.world.is_first,
+            on_metrics=self.on_metrics,
+        )
         self._metrics: Metrics = {}
         self._interrupted = False
 
@@ -108,33 +119,31 @@ class Trainer:
         in hand is finished and saved.
         """
         config = self.config
-        if self.held_out and not self.log.evaluations:
+        upcoming = self.feed.steps(self.cursor, batch=config.batch_rollouts, count=self.steps - self.step)
+        if self.feed.held_out and not self.log.evaluations:
             self.log.write_evaluation(self.step, self.evaluate())
         with self._finishing_the_step():
-            while self.step < self.steps:
-                self._metrics = self.train_step()
+            for records, self.cursor in upcoming:
+                self._metrics = self.train_step(records)
                 self.step += 1
                 self.log.write(self.step, self._metrics)
-                if self.held_out and (self.step % config.eval_every == 0 or self.step == self.steps):
+                if self.feed.held_out and (self.step % config.eval_every == 0 or self.step == self.steps):
                     self.log.write_evaluation(self.step, self.evaluate())
-                stop = self._interrupted and self.step < self.steps
+                stop = self.step < self.steps and self.world.any(self._interrupted)
                 if stop or self.step % config.checkpoint_every == 0:
-                    checkpoint.save_state(
-                        self.directory, step=self.step, student=self.student, optimizer=self.optimizer
-                    )
+                    self.save()
                 if stop:
                     raise KeyboardInterrupt(
                         f"stopped after step {self.step}; the same command again goes on from there"
                     )
 
-    def train_step(self) -> Metrics:
-        """One optimiser step on the next rollouts; the weights change only where loss and gradient are finite."""
+    def train_step(self, records: Sequence[Record]) -> Metrics:
+        """One optimiser step on these rollouts; the weights change only where loss and gradient are finite."""
         started = time.perf_counter()
         config, number = self.config, self.step + 1
-        rows = rollouts_of_step(number, len(self.training), batch=config.batch_rollouts, seed=config.seed)
-        records = [self.training[row] for row in rows]
+        torch.manual_seed(seed_of_step(config.seed, number, self.world.rank))
         means = self.backward(records)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), config.clip_norm))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), config.clip_norm))
         if not math.isfinite(norm):
             raise self._not_finite(f"gradient of step {number}", [record.row for record in records])
         rate = learning_rate(config, number)
@@ -143,44 +152,75 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
-        return {**means, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": means["tokens"] / seconds}
+        metrics = {**means, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": means["tokens"] / seconds}
+        return metrics | ({"dropped": self.cursor.dropped} if config.drop_long else {})
 
     def backward(self, records: Sequence[Record]) -> Metrics:
         """Add the gradient of the mean loss over all positions of these rollouts; returns the means."""
         tokens = sum(record.positions for record in records)
         self.student.model.train()
-        done, rows, pieces = 0, [], []
-        for batch in self._micro_batches(records):
+        done, pieces = 0, []
+        bad: list[int] = []  # rows
+        for batch, weight in self._micro_batches(records):
             self._report("stopping after this step" if self._interrupted else "training", done)
-            sums = self.objective.train(self.student, batch)
-            (sums["loss"] / tokens).backward()  # type: ignore[no-untyped-call]
-            pieces.append({name: value.detach() for name, value in sums.items()})
-            rows.append(batch.rows)
-            done += len(batch.rows)
-        bad = [not bool(sums["loss"].isfinite()) for sums in pieces]
-        if any(bad):
-            named = [row for some, is_bad in zip(rows, bad, strict=True) if is_bad for row in some]
-            raise self._not_finite(f"loss of step {self.step + 1}", named)
-        return _means(pieces, tokens)
+            sums = self.student.gathered(self.objective.train, self.student, batch)
+            # Sharded gradients come out averaged over the processes, and it is their sum that is wanted.
+            (sums["loss"] * (weight * self.world.size / tokens)).backward()
+            pieces.append({name: weight * value.detach() for name, value in sums.items()})
+            bad += [] if bool(sums["loss"].isfinite()) else batch.rows
+            done += len(batch.rows) * self.world.size
+        means = self._means(pieces, tokens)
+        if not math.isfinite(means["loss"]):
+            raise self._not_finite(f"loss of step {self.step + 1}", self.world.gather(bad))
+        return means
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def evaluate(self) -> Metrics:
         """The objective's measures on the held-out rollouts, as means over their positions."""
         self.student.model.eval()
-        done, pieces = 0, []
-        for batch in self._micro_batches(self.held_out):
-            self._report(f"evaluating, {done} of {len(self.held_out)} rollouts")
-            pieces.append(self.objective.evaluate(self.student, batch))
-            done += len(batch.rows)
-        means = _means(pieces, sum(record.positions for record in self.held_out))
+        held_out, done, pieces = self.feed.held_out, 0, []
+        for batch, weight in self._micro_batches(held_out):
+            self._report(f"evaluating, {done} of {len(held_out)} rollouts")
+            sums = self.student.gathered(self.objective.evaluate, self.student, batch)
+            pieces.append({name: weight * value for name, value in sums.items()})
+            done += len(batch.rows) * self.world.size
+        means = self._means(pieces, sum(record.positions for record in held_out))
         if not all(map(math.isfinite, means.values())):
-            raise self._not_finite(f"evaluation after step {self.step}", [record.row for record in self.held_out])
+            raise self._not_finite(f"evaluation after step {self.step}", [record.row for record in held_out])
         return means
 
-    def _micro_batches(self, records: Sequence[Record]) -> Iterator[Batch]:
-        return micro_batches(records, max_tokens=self.config.micro_batch_tokens, device=self.student.device)
+    def save(self) -> None:
+        """Keep what it takes to go on from here, and the model where such are kept."""
+        step, student, world = self.step, self.student, self.world
+        checkpoint.save_state(
+            self.directory, step=step, cursor=self.cursor, student=student, optimizer=self.optimizer, world=world
+        )
+        if self.config.keep_checkpoints:
+            scores = self.log.scores(self.objective.best_by)
+            model = checkpoint.keep_model(
+                self.directory, step=step, student=student, config=self.config, scores=scores, world=world
+            )
+            if self.config.eval_command and world.is_first:
+                self._report("running the evaluation command")
+                code = checkpoint.run_command(self.config.eval_command, model, step)
+                note = f"`{self.config.eval_command}` left with exit code {code} after step {step}; training goes on"
+                self._report("training", note=note if code else None)
 
-    def _report(self, activity: str, done_of_step: int = 0) -> None:
+    def _micro_batches(self, records: Sequence[Record]) -> Iterator[tuple[Batch, int]]:
+        """This process's share of the micro-batches, each with its weight.
+
+        Sharded processes call the model in step, so that one without a micro-batch left does another's, of weight 0.
+        """
+        size, rank = self.world.size, self.world.rank
+        cut = micro_batches(records, max_tokens=self.config.micro_batch_tokens, share=size)
+        for number in range(rank, -(-len(cut) // size) * size, size):
+            yield collate(cut[number % len(cut)], self.student.device), int(number < len(cut))
+
+    def _means(self, pieces: Sequence[Sums], tokens: int) -> dict[str, float]:
+        sums = self.world.totals({name: sum(float(piece[name]) for piece in pieces) for name in pieces[0]})
+        return {**measures.finish({name: value / tokens for name, value in sums.items()}), "tokens": tokens}
+
+    def _report(self, activity: str, done_of_step: int = 0, note: str | None = None) -> None:
         if self.on_progress is not None:
             self.on_progress(
                 Progress(
@@ -190,6 +230,7 @@ class Trainer:
                     step=self.step,
                     steps=self.steps,
                     metrics=self._metrics,
+                    note=note,
                 )
             )
 
@@ -241,6 +282,22 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _means(pieces: Sequence[Sums], tokens: int) -> dict[str, float]:
-    means = {name: sum(float(sums[name]) for sums in pieces) / tokens for name in pieces[0]}
-    return {**measures.finish(means), "tokens": tokens}
+def whole(norm: Tensor) -> float:
+    """The norm of a gradient, sharded or not."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def seed_of_step(seed: int, step: int, rank: int) -> int:
+    """What is random in a step, such as dropout, follows from the seed, the step and the process alone."""
+    return int(np.random.default_rng([seed, step, 1 + rank]).integers(1 << 62))
+
+
+def check_share(config: TrainConfig, world: World) -> None:
+    """Refuse a batch that does not divide by the processes."""
+    if config.batch_rollouts % world.size:
+        raise InputError(
+            f"the rollouts of a step do not divide by {world.size} processes",
+            expected=f"a multiple of {world.size}",
+            actual=config.batch_rollouts,
+            hint="`--batch-rollouts`, or another `--nproc-per-node`; a smaller data set makes smaller batches",
+        )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+import lopd_store
 from lopd_store.topk import TopK
+from lopd_train import TrainConfig
 from lopd_train.batches import Record
+from lopd_train.data import Feed, Limits, Source, artifact_source
 
 
 def record(
@@ -38,3 +43,23 @@ def ragged_topk(rows: Sequence[Sequence[tuple[int, float]]], tails: Sequence[flo
         logprobs=np.array([logprob for row in rows for _, logprob in row], np.float32),
         tail_logprobs=np.array(tails, np.float32),
     )
+
+
+def records_of(artifact: Path) -> list[Record]:
+    """Every rollout of an artifact."""
+    source = artifact_source(lopd_store.open(artifact))
+    return [item for part in source.sizes for item in source.read(part)]
+
+
+def source_of(*parts: Sequence[Record]) -> Source:
+    """Parts made by hand."""
+    sizes = {number: len(part) for number, part in enumerate(parts)}
+    return Source(where="records", sizes=sizes, read=lambda number: list(parts[number]))
+
+
+def feed_of(records: Sequence[Record], config: TrainConfig, held_out: Sequence[Record] = ()) -> Feed:
+    """These rollouts to train on, and those held out."""
+    limits = Limits(vocab_size=1 << 20, context_length=None)
+    feed = Feed(source_of(records), limits, config=replace(config, eval_fraction=0))
+    feed.held_out = list(held_out)
+    return feed

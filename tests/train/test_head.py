@@ -39,6 +39,7 @@ def batch(counts: list[int] | None = COUNTS) -> Batch:
     return Batch(
         rows=(0,),
         input_ids=torch.zeros(1, POSITIONS, dtype=torch.int64),
+        borders=torch.tensor([0, POSITIONS], dtype=torch.int32),
         sources=torch.arange(POSITIONS),
         targets=torch.tensor([0, 8, 3, 3, 1, 7, 2, 5, 5, 4]),
         rollouts=torch.zeros(POSITIONS, dtype=torch.int64),
@@ -181,6 +182,7 @@ def test_a_tail_of_next_to_no_mass_keeps_its_digits() -> None:
     one = Batch(
         rows=(0,),
         input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        borders=torch.tensor([0, 1], dtype=torch.int32),
         sources=torch.zeros(1, dtype=torch.int64),
         targets=torch.zeros(1, dtype=torch.int64),
         rollouts=torch.zeros(1, dtype=torch.int64),

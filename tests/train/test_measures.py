@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import lopd_store
 import lopd_train
 from lopd_train import TrainConfig, measures, student
-from lopd_train.batches import collate, read_artifact
+from lopd_train.batches import collate
+from tests.train.records import records_of
 
 
 def measured(model: Path, artifact: Path) -> dict[str, float]:
     """The metrics of a model on all rollouts of an artifact, as an evaluation has them."""
     loaded = student.load(model, TrainConfig(device="cpu"))
-    batch = collate(read_artifact(lopd_store.open(artifact)), "cpu")
+    batch = collate(records_of(artifact), "cpu")
     with torch.inference_mode():
         sums = loaded.sums(loaded.states(batch), batch, measures.measure)
     return measures.finish({name: float(value) / len(batch.targets) for name, value in sums.items()})

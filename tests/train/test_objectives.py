@@ -15,9 +15,10 @@ import lopd_store
 import lopd_train
 from lopd_store.errors import InputError
 from lopd_train import TrainConfig, student
-from lopd_train.batches import Record, collate, read_artifact
+from lopd_train.batches import Record, collate
 from lopd_train.opd import objective_of
 from lopd_train.trainer import Trainer
+from tests.train.records import feed_of, records_of
 
 BASE = TrainConfig(steps=2, batch_rollouts=8, learning_rate=2e-3, device="cpu")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -52,7 +53,7 @@ def drifted(artifact: Path, reference: Path, tmp_path_factory: pytest.TempPathFa
 def records(artifact: Path, count: int = 8) -> list[Record]:
     """Rollouts of different lengths, some of whose positions do not count."""
     rng = np.random.default_rng(0)
-    some = read_artifact(lopd_store.open(artifact))[:count]
+    some = records_of(artifact)[:count]
     return [replace(item, loss_mask=rng.random(len(item.loss_mask)) < 0.8) for item in some]
 
 
@@ -62,7 +63,7 @@ def gradients(model: Path, some: list[Record], config: TrainConfig, directory: P
     loaded = student.load(model, config)
     loaded.model.double()
     made = Trainer(
-        config=config, objective=objective_of(config), student=loaded, training=some, held_out=[], directory=directory
+        config=config, objective=objective_of(config), student=loaded, feed=feed_of(some, config), directory=directory
     )
     loss = made.backward(some)["loss"]
     return loss, torch.cat([parameter.grad.flatten() for parameter in loaded.model.parameters()])

@@ -15,10 +15,10 @@ from lopd_store.errors import InputError
 from lopd_store.grid import Grid
 from lopd_store.models import SplitModel
 from lopd_train import TrainConfig, student
-from lopd_train.batches import Batch, collate, read_artifact
+from lopd_train.batches import Batch, collate
 from lopd_train.head import Predictions, Sums
 from lopd_train.student import Student
-from tests.train.records import record
+from tests.train.records import record, records_of
 
 
 def measured(student: Student, batch: Batch) -> Predictions:
@@ -38,16 +38,22 @@ def measured(student: Student, batch: Batch) -> Predictions:
 def rigged() -> Student:
     """A student that is sure that each token is followed by its successor, and looks at nothing else."""
 
-    def body(*, input_ids: Tensor, use_cache: bool) -> Any:
-        assert not use_cache
+    def body(*, input_ids: Tensor, **_: Any) -> Any:
         return SimpleNamespace(last_hidden_state=torch.nn.functional.one_hot(input_ids, 50).float())
 
     def logits(states: Tensor) -> Tensor:
         return 40 * states.roll(1, dims=-1)
 
     split = SplitModel(body=body, logits=logits, output_width=50)
-    model = SimpleNamespace(get_output_embeddings=torch.nn.Identity)
-    return Student(model=model, tokenizer=None, split=split, device="cpu", dtype=torch.float32)
+    return Student(
+        model=SimpleNamespace(get_output_embeddings=torch.nn.Identity),
+        tokenizer=None,
+        split=split,
+        device="cpu",
+        dtype=torch.float32,
+        packs=True,
+        gathered=lambda function, *arguments: function(*arguments),
+    )
 
 
 def test_a_student_that_knows_the_next_token_is_right_at_every_position() -> None:
@@ -60,9 +66,9 @@ def test_a_surprise_is_charged_to_its_own_position_and_to_the_one_after_it() -> 
     assert measured(rigged(), batch).sampled.tolist() == pytest.approx([0.0, -40.0, -40.0, 0.0], abs=1e-6)
 
 
-def test_logprobs_of_a_padded_batch_are_those_of_the_model_one_by_one(artifact: Path, reference: Path) -> None:
+def test_logprobs_of_a_packed_batch_are_those_of_the_model_one_by_one(artifact: Path, reference: Path) -> None:
     loaded = student.load(reference, TrainConfig(device="cpu"))
-    records = read_artifact(lopd_store.open(artifact))[::3]
+    records = records_of(artifact)[::3]
     model = AutoModelForCausalLM.from_pretrained(reference)
     expected = []
     for item in records:
@@ -77,7 +83,7 @@ def test_logprobs_of_a_padded_batch_are_those_of_the_model_one_by_one(artifact: 
 
 def test_the_teacher_as_student_gives_the_stored_logprobs(artifact: Path, teacher_dir: Path) -> None:
     loaded = student.load(teacher_dir, TrainConfig(device="cpu"))
-    batch = collate(read_artifact(lopd_store.open(artifact)), "cpu")
+    batch = collate(records_of(artifact), "cpu")
     assert batch.sampled_logprobs is not None
     assert batch.topk is not None
     predicted = measured(loaded, batch)
@@ -97,7 +103,7 @@ def assert_within_rounding(found: Tensor, stored: Tensor, grid: Grid | None, *, 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(artifact: Path, reference: Path) -> None:
     precise, rough = (student.load(reference, TrainConfig(device="cpu", dtype=d)) for d in ("float32", "bfloat16"))
-    batch = collate(read_artifact(lopd_store.open(artifact))[:4], "cpu")
+    batch = collate(records_of(artifact)[:4], "cpu")
     expected, actual = measured(precise, batch).sampled, measured(rough, batch).sampled
     assert actual.dtype == torch.float32
     assert {parameter.dtype for parameter in rough.model.parameters()} == {torch.float32}
@@ -108,5 +114,5 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(artifact: Path,
 def test_a_device_that_is_not_there_is_refused(reference: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(InputError, match="there is no device `cuda:1` here"):
+    with pytest.raises(InputError, match="the device `cuda:1` cannot be used"):
         student.load(reference, TrainConfig(device="cuda:1"))

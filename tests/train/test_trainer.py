@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import lopd_store
 from lopd_store.errors import DataError
 from lopd_train import TrainConfig, student
-from lopd_train.batches import Record, hold_out, read_artifact, rollouts_of_step
+from lopd_train.batches import Record
+from lopd_train.data import Cursor
 from lopd_train.opd import objective_of
 from lopd_train.trainer import Trainer
+from tests.train.records import feed_of, records_of
 
 TINY_SETTINGS = TrainConfig(steps=4, batch_rollouts=4, learning_rate=1e-3, device="cpu", checkpoint_every=1)
 
@@ -22,8 +23,7 @@ TINY_SETTINGS = TrainConfig(steps=4, batch_rollouts=4, learning_rate=1e-3, devic
 def records(artifact: Path) -> list[Record]:
     """Rollouts of different lengths, some of whose positions do not count."""
     rng = np.random.default_rng(0)
-    records = read_artifact(lopd_store.open(artifact))
-    return [replace(item, loss_mask=rng.random(len(item.loss_mask)) < 0.8) for item in records]
+    return [replace(item, loss_mask=rng.random(len(item.loss_mask)) < 0.8) for item in records_of(artifact)]
 
 
 def trainer(
@@ -34,8 +34,7 @@ def trainer(
         config=config,
         objective=objective_of(config),
         student=student.load(model, config),
-        training=records[held_out:],
-        held_out=records[:held_out],
+        feed=feed_of(records[held_out:] or records, config, records[:held_out]),
         directory=directory,
     )
 
@@ -153,7 +152,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_rollouts_and_keeps_th
     records: list[Record], reference: Path, tmp_path: Path
 ) -> None:
     training = [replace(item, loss_mask=np.ones_like(item.loss_mask)) for item in records]
-    first, second = (set(rollouts_of_step(step, len(training), batch=4, seed=0)) for step in (1, 2))
+    steps = feed_of(training, TINY_SETTINGS).steps(Cursor(), batch=4, count=2)
+    first, second = ({item.row for item in some} for some, _ in steps)
     (bad, *_) = second - first
     impossible = np.full_like(training[bad].loss_mask, -math.inf, dtype=np.float32)
     training[bad] = replace(training[bad], sampled_logprobs=impossible)
@@ -183,9 +183,3 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_before_it_begins(
         next(iter(made.student.model.parameters())).fill_(math.nan)
     with pytest.raises(DataError, match=r"the evaluation after step 0 is not finite, from the rollouts 0, 1\n"):
         made.train()
-
-
-def test_the_training_prompts_of_an_artifact_are_not_those_held_out(records: list[Record]) -> None:
-    training, held_out = hold_out(records, fraction=0.2, seed=0)
-    assert held_out
-    assert not {item.prompt for item in training} & {item.prompt for item in held_out}

@@ -1,0 +1,67 @@
+"""Attention over packed rollouts: they stand end to end in one row, and each sees itself alone.
+
+    model.set_attn_implementation("lopd_packed")
+    body(input_ids=batch.input_ids, position_ids=batch.position_ids, cu_seq_lens_q=batch.borders)
+
+There is no padding, and no mask of the whole row: scaled dot product attention runs once per rollout, with the causal
+kernel of the device (flash where there is one), so the work is the sum of the rollouts' squares and not the square of
+their sum. A model with layers that see only a window keeps the masks that transformers makes from position ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAME = "lopd_packed"
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,  # [1, heads, tokens, width]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,  # [rollouts + 1], on the CPU: where each rollout begins
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each rollout to itself; of the whole row where no borders are given."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    rollouts = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [sdpa_attention_forward(module, *states, attention_mask, **options)[0] for states in rollouts]
+    return torch.cat(outputs, dim=1), None
+
+
+def prepare(model: Any) -> bool:
+    """Give a model packed attention; whether packed rollouts then come out as they do one by one, proved on a probe."""
+    from transformers import AttentionInterface
+
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):
+        AttentionInterface.register(_NAME, packed_attention)
+        model.set_attn_implementation(_NAME)
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(12, device=embedding.device)[None] % len(embedding)
+    body = model.base_model
+    with torch.no_grad():
+        packed = body(**inputs(ids, torch.tensor([0, 5, 12], dtype=torch.int32))).last_hidden_state
+        alone = [body(input_ids=piece, use_cache=False).last_hidden_state for piece in (ids[:, :5], ids[:, 5:])]
+    expected = torch.cat(alone, dim=1)
+    return torch.allclose(packed, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def inputs(
+    input_ids: Tensor,  # [1, tokens]
+    borders: Tensor,  # [rollouts + 1], int32, on the CPU
+) -> dict[str, Any]:
+    """What a model's body is called with for packed rollouts."""
+    lengths = borders.diff()
+    starts = torch.repeat_interleave(borders[:-1], lengths)
+    positions = (torch.arange(len(starts)) - starts).to(input_ids.device, torch.int64)
+    return {"input_ids": input_ids, "position_ids": positions[None], "cu_seq_lens_q": borders, "use_cache": False}
