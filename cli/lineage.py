@@ -79,7 +79,7 @@ def _inputs(directory: Path) -> dict[str, Path]:
     return found
 
 
-def _artifact(path: Path | None, fingerprint: str) -> Artifact | None:
+def _artifact(path: Path | None, fingerprint: str | None) -> Artifact | None:
     """The artifact that a student was trained on, if it is still there."""
     if path is None or not _is_artifact(path) or digest_file(path / layout.MANIFEST).sha256 != fingerprint:
         return None

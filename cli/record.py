@@ -19,8 +19,12 @@ app = typer.Typer(
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Rollouts with token ids, NAME.parquet.")]
 OutputOption = Annotated[Path, typer.Option(metavar="FILE", help="The same rollouts with the record, NAME.parquet.")]
-TemperatureOption = Annotated[float, typer.Option(metavar="T", help="At which it was sampled; 0 is greedy.")]
-TopPOption = Annotated[float, typer.Option(metavar="P", help="Mass that it was drawn from.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option(metavar="T", help="At which it was sampled, where that is known; 0 is greedy.")
+]
+TopPOption = Annotated[
+    float | None, typer.Option(metavar="P", help="Mass that it was drawn from, where that is known.")
+]
 PromptsOption = Annotated[Path | None, typer.Option(metavar="FILE", help="The prompts, where they are a file.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
@@ -30,8 +34,8 @@ def sft_data(
     file: FileArgument,
     teacher: Annotated[str, typer.Option(metavar="MODEL", help="The model that wrote the responses.")],
     output: OutputOption,
-    temperature: TemperatureOption = 1.0,
-    top_p: TopPOption = 1.0,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     prompts: PromptsOption = None,
     json: Json = False,
 ) -> None:
@@ -44,8 +48,8 @@ def rollouts(
     file: FileArgument,
     policy: Annotated[str, typer.Option(metavar="MODEL", help="The reference policy that sampled the responses.")],
     output: OutputOption,
-    temperature: TemperatureOption = 1.0,
-    top_p: TopPOption = 1.0,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     prompts: PromptsOption = None,
     json: Json = False,
 ) -> None:
@@ -79,7 +83,13 @@ def checkpoint(
 
 
 def _declare(
-    file: Path, policy: str, output: Path, temperature: float, top_p: float, prompts: Path | None, json: bool
+    file: Path,
+    policy: str,
+    output: Path,
+    temperature: float | None,
+    top_p: float | None,
+    prompts: Path | None,
+    json: bool,
 ) -> None:
     with console.progress("identity", "bytes") as meter:
         record = declare_rollouts(

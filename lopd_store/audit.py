@@ -210,17 +210,15 @@ def _statistic(rollout: Rollout, score: np.ndarray, variance: np.ndarray) -> Sta
 
 
 def _sampling(file: RolloutsFile, temperature: float | None, top_p: float | None) -> tuple[float, float]:
-    recorded = None if file.record is None else file.record.sampling
-    if recorded is None and (temperature is None or top_p is None):
+    if file.record is not None:
+        recorded = file.record.sampling
+        temperature = recorded.temperature if temperature is None else temperature
+        top_p = recorded.top_p if top_p is None else top_p
+    if temperature is None or top_p is None:
         raise InputError(
             f"`{file.path}` does not say how it was sampled",
-            hint="name it: `--temperature 1 --top-p 1` for plain sampling",
+            hint="name it to `audit` or `record`: `--temperature 1 --top-p 1` for plain sampling",
         )
-    if temperature is None and recorded is not None:
-        temperature = recorded.temperature
-    if top_p is None and recorded is not None:
-        top_p = recorded.top_p
-    assert temperature is not None and top_p is not None
     if not 0 <= temperature <= 100 or not 0 < top_p <= 1:
         raise InputError("sampling parameters are out of range", actual=f"temperature {temperature}, top-p {top_p}")
     return float(temperature), float(top_p)

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from lopd_store import models, strictjson
-from lopd_store.digest import digest_bytes, digest_file
+from lopd_store.digest import digest_file
 from lopd_store.durable import write_durably
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
@@ -29,23 +29,21 @@ from lopd_store.provenance import (
 from lopd_store.rollouts import RolloutsFile, read_record
 from lopd_store.weights import OnBytes
 
-NO_DATA = digest_bytes(b"")  # stands in a checkpoint record for SFT data that nobody has; its `sft.data` is null
-
 
 def declare_rollouts(
     path: str | Path,
     *,
     policy: str | Path,
     output: str | Path,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_p: float | None = None,
     prompts: str | Path | None = None,
     on_bytes: OnBytes | None = None,
 ) -> RolloutsRecord:
     """Write the same rollouts to another file, with the record that this policy sampled them; SFT data likewise.
 
-    Without `prompts` the file itself stands for its prompts. What a record says beside is taken from the rows; the
-    seed, which nothing tells, is 0. Raises InputError where the file has a record already.
+    What is not said is not known, and stays so in the record; the longest response and the most samples of a prompt are
+    taken from the rows. Raises InputError where the file has a record already.
     """
     path, output = Path(path), Path(output)
     if output.exists():
@@ -53,14 +51,13 @@ def declare_rollouts(
     if output.suffix != ".parquet":
         raise InputError(f"`{output}` is not a name for rollouts", expected="a name that ends in .parquet")
     for name, value, fits in (
-        ("temperature", temperature, 0 <= temperature <= 100),
-        ("top_p", top_p, 0 < top_p <= 1),
+        ("temperature", temperature, temperature is None or 0 <= temperature <= 100),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1),
     ):
         if not fits:
             raise InputError(f"`{name}` is out of range", actual=value)
-    prompts = path if prompts is None else Path(prompts)
     file = RolloutsFile(path)
-    if not prompts.is_file():
+    if prompts is not None and not Path(prompts).is_file():
         raise InputError(f"no prompts at `{prompts}`", hint="leave `--prompts` out if the file is lost")
     if file.record is not None and file.record.status != "unknown":
         raise InputError(
@@ -75,7 +72,7 @@ def declare_rollouts(
         status="declared",
         policy=identity,
         policy_checkpoint=read_checkpoint_record(files.adapter or files.directory),
-        prompts=digest_file(prompts).sha256,
+        prompts=None if prompts is None else digest_file(Path(prompts)).sha256,
         sampling=_sampling(file, identity, temperature=temperature, top_p=top_p),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,14 +108,14 @@ def declare_checkpoint(
         method="sft",
         model=model,
         base=identify(base, on_bytes=on_bytes),
-        data=sft.data or NO_DATA,
+        data=sft.data,
         sft=sft,
     )
     write_durably(path, strictjson.pretty(record.to_json()))
     return record
 
 
-def _sampling(file: RolloutsFile, policy: ModelIdentity, *, temperature: float, top_p: float) -> Sampling:
+def _sampling(file: RolloutsFile, policy: ModelIdentity, *, temperature: float | None, top_p: float | None) -> Sampling:
     """What the rows tell of how they were sampled; refuses ids that the policy cannot have sampled."""
     longest, of_prompt = 0, Counter[int]()
     row = 0
@@ -138,11 +135,11 @@ def _sampling(file: RolloutsFile, policy: ModelIdentity, *, temperature: float, 
     if row == 0:
         raise DataError(f"`{file.path}` has no rollouts")
     return Sampling(
-        temperature=float(temperature),
-        top_p=float(top_p),
+        temperature=None if temperature is None else float(temperature),
+        top_p=None if top_p is None else float(top_p),
         max_response_tokens=longest,
         samples_per_prompt=max(of_prompt.values()),
-        seed=0,
+        seed=None,
     )
 
 

@@ -90,7 +90,7 @@ def of_checkpoint(
     if record.method == "sft":
         policy = _policy(record, record.sft, sft_data)
         return (_sft_data(record.sft, sft_data), _held_to(policy, record, model))
-    if artifact is not None:
+    if artifact is not None and record.data is not None:
         chain = of_manifest(artifact, record.data, sft_data=sft_data)
     else:
         lost = Link(thing="artifact", mark="unknown", reason="it is not here to look into", digest=record.data)
@@ -127,7 +127,7 @@ def _policy(record: CheckpointRecord | None, sft: SftProvenance, data: RolloutsR
         return Link(thing="SFT checkpoint", mark=mark, reason=reason)
     if record.method == "opd":
         mark, reason = _recorded(record.status, "it is a student itself; the artifact it learnt from is not here")
-    elif sft.data is not None and record.data != sft.data:
+    elif None not in (sft.data, record.data) and record.data != sft.data:
         mark, reason = "broken", "it was trained on other data"
     elif data is None:
         mark, reason = _recorded(record.status, "the data is not here to compare")

@@ -26,13 +26,13 @@ Method = Literal["sft", "opd"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses were sampled: part of what the log-probs mean."""
+    """How responses were sampled: part of what the log-probs mean; None is what a person who declares does not know."""
 
-    temperature: float
-    top_p: float
-    max_response_tokens: int
-    samples_per_prompt: int
-    seed: int
+    temperature: float | None
+    top_p: float | None
+    max_response_tokens: int | None
+    samples_per_prompt: int | None
+    seed: int | None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with one member per field."""
@@ -44,7 +44,7 @@ class Sampling:
         value = strictjson.members(value, [field.name for field in fields(cls)], where=where, open_ended=open_ended)
         for name, number in value.items():
             kinds = (int, float) if name in ("temperature", "top_p") else (int,)
-            if type(number) not in kinds or number < 0:
+            if number is not None and (type(number) not in kinds or number < 0):
                 raise ArtifactError(f"`{where}.{name}` is not a number that fits", actual=repr(number)[:100])
         return cls(**value)
 
@@ -56,7 +56,7 @@ class RolloutsRecord:
     status: Status
     policy: ModelIdentity
     policy_checkpoint: CheckpointRecord | None  # how the policy was made, where its directory says so
-    prompts: str  # digest of the prompts file
+    prompts: str | None  # digest of the prompts file
     sampling: Sampling
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class RolloutsRecord:
             policy_checkpoint=None
             if checkpoint is None
             else CheckpointRecord.from_json(checkpoint, where=f"{where}.policy_checkpoint", open_ended=open_ended),
-            prompts=_digest(value["prompts"], f"{where}.prompts"),
+            prompts=_optional_digest(value["prompts"], f"{where}.prompts"),
             sampling=Sampling.from_json(value["sampling"], where=f"{where}.sampling", open_ended=open_ended),
         )
 
@@ -101,7 +101,7 @@ class CheckpointRecord:
     method: Method
     model: ModelIdentity  # the checkpoint itself
     base: ModelIdentity  # what the training started from
-    data: str  # digest of the SFT data file, or fingerprint of the artifact
+    data: str | None  # digest of the SFT data file, or fingerprint of the artifact; None only where it is declared
     sft: SftProvenance
     overrides: tuple[str, ...] = ()  # gates that were overridden, by the names of their flags
 
@@ -137,7 +137,7 @@ class CheckpointRecord:
             method=value["method"],
             model=ModelIdentity.from_json(value["model"], where=f"{where}.model", open_ended=open_ended),
             base=ModelIdentity.from_json(value["base"], where=f"{where}.base", open_ended=open_ended),
-            data=_digest(value["data"], f"{where}.data"),
+            data=_optional_digest(value["data"], f"{where}.data"),
             sft=SftProvenance.from_json(value["sft"], where=f"{where}.sft", open_ended=open_ended),
             overrides=tuple(overrides),
         )
@@ -170,7 +170,7 @@ class SftProvenance:
             teacher=None
             if teacher is None
             else ModelIdentity.from_json(teacher, where=f"{where}.teacher", open_ended=open_ended),
-            data=None if value["data"] is None else _digest(value["data"], f"{where}.data"),
+            data=_optional_digest(value["data"], f"{where}.data"),
         )
 
 
@@ -226,7 +226,7 @@ def _status(value: Any, where: str) -> Status:
     return status
 
 
-def _digest(value: Any, where: str) -> str:
-    if not is_digest(value):
-        raise ArtifactError(f"`{where}` is not a digest", actual=repr(value)[:100])
-    return str(value)
+def _optional_digest(value: Any, where: str) -> str | None:
+    if value is not None and not is_digest(value):
+        raise ArtifactError(f"`{where}` is neither a digest nor null", actual=repr(value)[:100])
+    return None if value is None else str(value)

@@ -121,7 +121,10 @@ class Sampler:
 
     def __init__(self, model: Any, sampling: Sampling, stop_ids: tuple[int, ...], vocab_size: int) -> None:
         self._model = model
-        self._sampling = sampling
+        assert sampling.temperature is not None and sampling.top_p is not None  # who samples knows how
+        assert sampling.max_response_tokens is not None and sampling.seed is not None
+        self._temperature, self._top_p = sampling.temperature, sampling.top_p
+        self._limit, self._seed = sampling.max_response_tokens, sampling.seed
         self._vocab_size = vocab_size
         self._device = model.device
         self._stop = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
@@ -131,9 +134,9 @@ class Sampler:
         self, prompts: list[npt.NDArray[np.uint32]], streams: range, on_tokens: Callable[[int], None]
     ) -> list[Response]:
         """One response per prompt; `streams` number their random streams."""
-        limit, count = self._sampling.max_response_tokens, len(prompts)
+        limit, count = self._limit, len(prompts)
         uniforms = torch.from_numpy(
-            np.stack([np.random.default_rng([self._sampling.seed, stream]).random(limit) for stream in streams])
+            np.stack([np.random.default_rng([self._seed, stream]).random(limit) for stream in streams])
         )
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(count, width, dtype=torch.long)
@@ -161,7 +164,7 @@ class Sampler:
             cache, start = output.past_key_values, stop
             raw = torch.log_softmax(output.logits[:, -1].float(), dim=-1)
             known = raw[:, : self._vocab_size]
-            chosen = draw(known, uniforms[:, step], self._sampling.temperature, self._sampling.top_p)
+            chosen = draw(known, uniforms[:, step], self._temperature, self._top_p)
             sampled[:, step] = chosen
             logprobs[:, step] = raw.gather(1, chosen[:, None])[:, 0]
             ended = running & torch.isin(chosen, self._stop)

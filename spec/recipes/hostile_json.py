@@ -202,6 +202,7 @@ EDITS: dict[str, dict[str, tuple[str, Any]]] = {
         "rollouts_is_a_list": ("inputs.rollouts", []),
         "policy_checkpoint_is_empty": ("inputs.rollouts.policy_checkpoint", {}),
         "temperature_negative": ("inputs.rollouts.sampling.temperature", -1.0),
+        "prompts_are_no_digest": ("inputs.rollouts.prompts", ""),
         "seed_is_a_flag": ("inputs.rollouts.sampling.seed", True),
         "unknown_member_of_the_sampling": ("inputs.rollouts.sampling.top_k", 50),
     },

@@ -14,7 +14,7 @@ from lopd_store.grid import Grid
 from lopd_store.license import License
 from lopd_store.manifest import sealed
 from lopd_store.part import Part, round_part
-from lopd_store.provenance import CheckpointRecord
+from lopd_store.provenance import CheckpointRecord, Sampling
 from lopd_store.topk import TopK
 from recipes import signatures
 from recipes.artifact import (
@@ -235,6 +235,20 @@ def policy_with_a_checkpoint_record() -> Tree:
     )
     record = replace(sampled_by("student"), policy_checkpoint=checkpoint)
     return whole(sft=sft, rollouts=record)
+
+
+@recipe
+def declared_by_someone_who_knows_little() -> Tree:
+    """How the rollouts were sampled, from which prompts, and on which data the policy was trained is not known."""
+    sampling = Sampling(temperature=None, top_p=None, max_response_tokens=None, samples_per_prompt=None, seed=None)
+    sft = replace(taught_by("teacher"), status="declared", data=None)
+    checkpoint = CheckpointRecord(
+        status="declared", method="sft", model=identity("student"), base=identity("base"), data=None, sft=sft
+    )
+    record = replace(
+        sampled_by("student"), status="declared", policy_checkpoint=checkpoint, prompts=None, sampling=sampling
+    )
+    return whole(encoding=BOTH, sft=sft, rollouts=record)
 
 
 @recipe

@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 
 import lopd_store
 from lopd_store import models
-from lopd_store.declare import NO_DATA, declare_checkpoint, declare_rollouts
+from lopd_store.declare import declare_checkpoint, declare_rollouts
 from lopd_store.digest import digest_file
 from lopd_store.errors import DataError, InputError
 from lopd_store.models import PROVENANCE_FILE
 from lopd_store.provenance import SftProvenance, Status, read_checkpoint_record, sft_of_data, sft_of_policy
 from lopd_store.rollouts import RolloutsFile
 from tests.artifacts import save_rollouts
-from tests.records import ROLLOUTS
+from tests.records import DATA, ROLLOUTS
 
 
 @pytest.fixture
@@ -60,9 +60,19 @@ def test_what_nobody_says_is_taken_from_the_rows(theirs: Path, teacher_dir: Path
         "top_p": 0.95,
         "max_response_tokens": 3,
         "samples_per_prompt": 2,
-        "seed": 0,
+        "seed": None,
     }
-    assert record.prompts == digest_file(theirs).sha256
+    assert record.prompts is None
+
+
+def test_how_it_was_sampled_stays_unknown_where_nobody_says(theirs: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "sft.parquet"
+    record = declare_rollouts(theirs, policy=teacher_dir, output=output)
+    assert (record.sampling.temperature, record.sampling.top_p, record.sampling.seed) == (None, None, None)
+    assert RolloutsFile(output).record == record
+    with pytest.raises(InputError, match="does not say how it was sampled"):
+        lopd_store.audit(model=teacher_dir, data=output)
+    lopd_store.audit(model=teacher_dir, data=output, temperature=1, top_p=1)
 
 
 def test_the_prompts_may_be_named(theirs: Path, teacher_dir: Path, prompts_file: Path, tmp_path: Path) -> None:
@@ -143,7 +153,7 @@ def test_the_record_of_an_adapter_goes_into_its_rollouts(
 def test_a_teacher_goes_without_data(checkpoint: Path, student_dir: Path, teacher_dir: Path) -> None:
     record = declare_checkpoint(checkpoint, base=student_dir, sft_teacher=teacher_dir)
     assert (record.sft.teacher, record.sft.data) == (lopd_store.identify(teacher_dir), None)
-    assert record.data == NO_DATA
+    assert record.data is None and read_checkpoint_record(checkpoint) == record
 
 
 @pytest.mark.parametrize("name", ["chats.jsonl", "chats.parquet"])
@@ -190,4 +200,4 @@ def test_rollouts_and_training_on_a_declared_record_stay_declared(
     assert record is not None
     assert (record.status, sft_of_policy(record).status) == ("recorded", "declared")
     declared = declare_rollouts(theirs, policy=teacher_dir, output=tmp_path / "sft.parquet")
-    assert sft_of_data(declared, NO_DATA).status == "declared"
+    assert sft_of_data(declared, DATA).status == "declared"

@@ -52,7 +52,7 @@ def test_a_record_comes_back_from_its_bytes(record: Record) -> None:
         (ROLLOUTS, lambda v: v.pop("prompts"), "`x` lacks `prompts`"),
         (ROLLOUTS, lambda v: v.update(extra=1), "`x` has unknown members: `extra`"),
         (ROLLOUTS, lambda v: v.update(record="checkpoint"), "`x` is not a rollouts record"),
-        (ROLLOUTS, lambda v: v.update(prompts="x"), r"`x\.prompts` is not a digest"),
+        (ROLLOUTS, lambda v: v.update(prompts="x"), r"`x\.prompts` is neither a digest nor null"),
         (ROLLOUTS, lambda v: v["sampling"].update(temperature=-1), r"`x\.sampling\.temperature` is not a number"),
         (ROLLOUTS, lambda v: v["sampling"].update(seed=1.5), r"`x\.sampling\.seed` is not a number"),
         (ROLLOUTS, lambda v: v["sampling"].update(top_p=True), r"`x\.sampling\.top_p` is not a number"),
@@ -68,7 +68,7 @@ def test_a_record_comes_back_from_its_bytes(record: Record) -> None:
             r"`x\.sft` has status `recorded`, but its teacher is null",
         ),
         (SFT, lambda v: v.update(status="unknown"), "`x` has status `unknown`, but its teacher is named"),
-        (SFT, lambda v: v.update(data="x"), r"`x\.data` is not a digest"),
+        (SFT, lambda v: v.update(data="x"), r"`x\.data` is neither a digest nor null"),
     ],
 )
 def test_a_record_of_another_shape_is_refused_with_its_place(
