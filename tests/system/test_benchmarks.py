@@ -38,3 +38,13 @@ def test_the_benchmarks_of_training_fill_their_tables(program: str, measured: tu
     assert ran.returncode == 0, ran.stderr
     assert all(name in ran.stdout for name in measured)
     assert not results.exists()
+
+
+def test_the_benchmark_of_the_identity_fills_its_table(tmp_path: Path) -> None:
+    results = tmp_path / "RESULTS.md"
+    command = [sys.executable, str(BENCHMARKS / "identity.py"), "--small", "--results", str(results)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for measured in ("digest, BF16, 1 core", "digest beside bare sha256, F32", "the second time"):
+        assert measured in ran.stdout
+    assert not results.exists()
