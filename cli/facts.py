@@ -35,7 +35,7 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
     inputs, counts, audit = manifest.inputs, manifest.counts, manifest.inputs.sft_audit
     size = sum(file.size for part in manifest.parts for file in part.files.values())
     return {
-        "path": str(artifact.path),
+        "path": artifact.place,
         "fingerprint": artifact.fingerprint,
         "version": manifest.version,
         "counts": counts.to_json(),

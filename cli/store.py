@@ -1,4 +1,4 @@
-"""`lopd-store`: the commands, but for `record`, `sign` and `key`, which have files of their own."""
+"""`lopd-store`: the commands, but for `record`, for those of sign.py and for those of share.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import typer
 import lopd_store
 from lopd_store.errors import InputError
 
-from . import console, facts, record, sign
+from . import console, facts, record, share, sign
 from .lineage import show as show_lineage
+from .share import OnlyOption, PartsOption, SignedByOption, parse_parts
 
 app = typer.Typer(
     help="Teacher log-probs as a training artifact: make it, check it, share it.",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(record.app, name="record")
 app.add_typer(sign.app)
+app.add_typer(share.app)
 
 
 class Dtype(StrEnum):
@@ -31,12 +33,6 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-class Only(StrEnum):
-    """Views that can be asked for by name."""
-
-    sampled = "sampled"
 
 
 class Engine(StrEnum):
@@ -54,11 +50,9 @@ SAMPLING, STORED, RUNNING = "Sampling", "What is stored", "How it runs"  # headi
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 _MODEL_HELP = "A directory of safetensors, a GGUF file, a PEFT adapter, or a Hub id."
 ModelOption = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL_HELP)]
-ArtifactArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's directory.")]
-SignedByOption = Annotated[
-    str | None, typer.Option(metavar="KEY", help="Only if this public key, or the one in this file, has signed it.")
+ArtifactArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="The artifact's directory, or its URL: hf://OWNER/NAME@TAG, s3://…")
 ]
-RepositoryArgument = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A dataset repository on the Hub.")]
 DtypeOption = Annotated[Dtype, typer.Option(metavar="DTYPE", help=_choices(Dtype), rich_help_panel=RUNNING)]
 DeviceOption = Annotated[
     str | None,
@@ -268,7 +262,7 @@ def inspect(
     if lineage:
         if rollout is not None or model is not None:
             raise InputError("`--lineage` goes with neither `--rollout` nor `--model`")
-        show_lineage(artifact, json=json)
+        show_lineage(Path(artifact), json=json)
         return
     if model is not None and rollout is None:
         raise InputError("`--model` goes with `--rollout`", hint=f"lopd-store inspect {artifact} --rollout 0")
@@ -340,10 +334,8 @@ def audit(
 def subset(
     artifact: ArtifactArgument,
     output: Annotated[Path, typer.Option(metavar="DIR", help="The copy to make.")],
-    only: Annotated[
-        Only | None, typer.Option(metavar="VIEW", help="`sampled`: token files alone, enough for that objective.")
-    ] = None,
-    parts: Annotated[str | None, typer.Option(metavar="A:B", help="Parts A to B - 1, counted from 0.")] = None,
+    only: OnlyOption = None,
+    parts: PartsOption = None,
     json: Json = False,
 ) -> None:
     """Copy a part of an artifact, which says that it is partial and can be verified by itself."""
@@ -352,50 +344,10 @@ def subset(
             artifact,
             output=output,
             only=None if only is None else "sampled",
-            parts=None if parts is None else _range(parts),
+            parts=parse_parts(parts),
             on_bytes=meter.update,
         )
     facts.answer(copy, json)
-
-
-@app.command()
-def push(
-    artifact: ArtifactArgument,
-    repository: RepositoryArgument,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    json: Json = False,
-) -> None:
-    """Verify an artifact and push it to a dataset repository on the Hub."""
-    with console.progress("verify", "bytes") as meter:
-        pushed = lopd_store.push(artifact, repository, private=private, on_bytes=meter.update)
-    if json:
-        console.answer(vars(pushed))
-    else:
-        console.say(f"{pushed.url}\n{pushed.fingerprint}")
-
-
-@app.command()
-def pull(
-    repository: RepositoryArgument,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The directory to make.")],
-    fingerprint: Annotated[
-        str | None, typer.Option(metavar="SHA256", help="Accept this artifact and no other.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="A tag, branch or commit.")] = None,
-    signed_by: SignedByOption = None,
-    json: Json = False,
-) -> None:
-    """Download an artifact from the Hub and verify it."""
-    with console.progress("verify", "bytes", at_once=False) as meter:
-        artifact = lopd_store.pull(
-            repository,
-            output=output,
-            fingerprint=fingerprint,
-            revision=revision,
-            signed_by=signed_by,
-            on_bytes=meter.update,
-        )
-    facts.answer(artifact, json)
 
 
 @app.command()
@@ -422,13 +374,6 @@ def identity(
         console.table([(name, words) for name, all_words in comparison.differences.items() for words in all_words])
     if other is not None and not comparison.same:
         raise typer.Exit(1)
-
-
-def _range(text: str) -> range:
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdecimal() and stop.isdecimal()):
-        raise InputError(f"`--parts {text}` is not a range of parts", expected="A:B, for example 0:4")
-    return range(int(start), int(stop))
 
 
 def main() -> None:

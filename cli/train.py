@@ -100,7 +100,9 @@ def sft(
 @app.command()
 @with_config(OPD)
 def opd(
-    artifact: Annotated[Path, typer.Option(metavar="DIR", help="The teacher's log-probs on the student's rollouts.")],
+    artifact: Annotated[
+        str, typer.Option(metavar="DIR", help="The teacher's log-probs on the student's rollouts; a URL will do.")
+    ],
     student: ModelOption,
     output: OutputOption,
     config: TrainConfig,

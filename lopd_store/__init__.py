@@ -21,10 +21,12 @@ from lopd_store.verifier import Report, verify
 
 if TYPE_CHECKING:
     from lopd_store.builder import build
+    from lopd_store.catalog import search
     from lopd_store.differences import compare
-    from lopd_store.hub import pull, push
+    from lopd_store.download import pull
     from lopd_store.identity import identify
     from lopd_store.sampler import generate
+    from lopd_store.upload import push
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "open",
     "pull",
     "push",
+    "search",
     "sign",
     "subset",
     "verify",
@@ -53,8 +56,9 @@ _LAZY = {
     "compare": "differences",
     "generate": "sampler",
     "identify": "identity",
-    "pull": "hub",
-    "push": "hub",
+    "pull": "download",
+    "push": "upload",
+    "search": "catalog",
 }
 
 

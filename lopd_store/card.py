@@ -1,39 +1,115 @@
-"""The dataset card: README.md of an artifact, made from its manifest by a template."""
+"""The dataset card: README.md of an artifact, made from its manifest by a template.
+
+What lopd writes stands between two markers, and some members of the metadata above; everything else is people's, and
+stays when the card is made again.
+"""
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from lopd_store import gate
+from lopd_store.hub import tag_of
+from lopd_store.identity import ModelIdentity
 from lopd_store.license import UNKNOWN_LICENSE
 from lopd_store.manifest import Manifest
 
 UNNAMED = "OWNER/NAME"  # stands in the card for the repository until a push knows it
+_BEGIN = "<!-- lopd writes what follows, up to the end; write above or below it -->"
+_END = "<!-- end of what lopd writes -->"
+_TAG = "lopd"
+_METADATA = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
 def render_card(manifest: Manifest, fingerprint: str) -> str:
     """The card's text; it says nothing that the manifest does not."""
     verdict = gate.judge(manifest.inputs)
     sizes = [file.size for part in manifest.parts for file in part.files.values()]
-    return _template().render(
+    text = _template().render(
         manifest=manifest,
         inputs=manifest.inputs,
         counts=manifest.counts,
         fingerprint=fingerprint,
+        tag=tag_of(fingerprint),
         repository=UNNAMED,
         state=verdict.state,
         audited=[finding for finding in verdict.findings if finding.audit is not None],
         megabytes=sum(sizes) / 1e6,
         bytes_per_position=sum(sizes) / max(manifest.counts.positions, 1),
-        size_category=_size_category(manifest.counts.rollouts),
     )
+    return _join(_metadata(manifest), f"\n{_BEGIN}\n\n{text}\n{_END}\n")
 
 
-def tag_of(fingerprint: str) -> str:
-    """The Hub tag of an artifact: `lopd-` and the first 12 hex digits of its fingerprint."""
-    return "lopd-" + fingerprint.removeprefix("sha256:")[:12]
+def merge_card(generated: str, edited: str) -> str:
+    """The generated card with what people wrote into the edited one: more metadata, text outside of the markers."""
+    ours, card = _split(generated)
+    theirs, text = _split(edited)
+    block = card[card.index(_BEGIN) : card.index(_END) + len(_END)]
+    tags = theirs.get("tags")
+    added = [tag for tag in tags if not _is_ours(tag)] if isinstance(tags, list) else []
+    if "license" in theirs:  # what people say of their artifact goes before what the teacher's licence is
+        ours.pop("license", None)
+    metadata = theirs | ours | {"tags": [*ours["tags"], *(tag for tag in added if tag not in ours["tags"])]}
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):  # a card that lopd did not write
+        before, after = text.rstrip("\n") + "\n\n", "\n"
+    return _join(metadata, before + block + after)
+
+
+def search_tags(*, teacher: str | None = None, tokenizer: str | None = None) -> list[str]:
+    """The tags by which an artifact of this teacher (the digest of its weights) or tokenizer (its digest) is found."""
+    digests = {"teacher": teacher, "tokenizer": tokenizer}
+    named = [f"{_TAG}-{what}-{digest[7:19]}" for what, digest in digests.items() if digest is not None]
+    return [_TAG, *named]
+
+
+def _metadata(manifest: Manifest) -> dict[str, Any]:
+    """What the Hub reads of a card: nothing in it is text of strangers but ids of models that can be ids."""
+    inputs = manifest.inputs
+    models = [inputs.teacher, *([inputs.rollouts.policy] if inputs.rollouts else [])]
+    base = dict.fromkeys(model.name for model in models if _is_on_hub(model))
+    license = inputs.license.id if _LICENSE.fullmatch(inputs.license.id or "") else None
+    return {
+        "tags": [*search_tags(teacher=inputs.teacher.weights, tokenizer=inputs.teacher.tokenizer), "distillation"],
+        **({"license": license} if license else {}),
+        **({"base_model": list(base)} if base else {}),
+        "size_categories": [_size_category(manifest.counts.rollouts)],
+        "configs": [{"config_name": "rollouts", "data_files": "parts/*.rollouts.parquet"}],
+    }
+
+
+def _is_on_hub(model: ModelIdentity) -> bool:
+    """Whether the identity was taken of a repository: then it has a commit."""
+    return model.revision is not None and _HUB_ID.fullmatch(model.name) is not None
+
+
+def _is_ours(tag: object) -> bool:
+    return isinstance(tag, str) and (tag == _TAG or tag.startswith(f"{_TAG}-"))
+
+
+def _join(metadata: dict[str, Any], text: str) -> str:
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n{text}"
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """The metadata of a card and its text; none where it cannot be read."""
+    card = card.replace("\r\n", "\n")
+    match = _METADATA.match(card)
+    if match is None:
+        return {}, card
+    try:
+        metadata = yaml.safe_load(match[1])
+    except (yaml.YAMLError, RecursionError):
+        metadata = None
+    return metadata if isinstance(metadata, dict) else {}, card[match.end() :]
 
 
 def _size_category(rollouts: int) -> str:

@@ -1,34 +1,40 @@
 """Reading artifacts: the manifest at once, parts when they are needed.
 
-    artifact = lopd_store.open("artifact")
-    for part in artifact.parts():       # decoded ahead in the background
+    artifact = lopd_store.open("artifact")      # or hf://acme/dapo-17k-qwen3-8b@TAG, s3://bucket/artifact
+    for part in artifact.parts():       # fetched and decoded ahead in the background
         part.sampled_logprobs
     artifact.rollout(3)
 
 Opening reads the manifest only; a part is compared with its xxh3 when it is read, and `verify` checks everything else.
+A part that comes from elsewhere is compared with its sha256 before that, and kept in a bounded cache.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from lopd_store import gate, layout, manifest
-from lopd_store.digest import digest_bytes
+from lopd_store import gate, layout, manifest, sources
+from lopd_store.cache import read_cached
+from lopd_store.digest import FileDigests, digest_bytes
 from lopd_store.errors import ArtifactError, InputError
+from lopd_store.hub import require_fingerprint
 from lopd_store.identity import ModelIdentity
+from lopd_store.manifest import Manifest
 from lopd_store.part import Part, read_part
 from lopd_store.topk import TopK
-from lopd_store.view import read_view
+from lopd_store.view import MAX_VIEW_BYTES, View, parse_view, read_view, whole
+
+ReadFile = Callable[[str, FileDigests], bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +50,18 @@ class StoredRollout:
 
 
 class Artifact:
-    """An opened artifact, or a copy of a part of one: manifest and fingerprint in memory, parts on disk."""
+    """An opened artifact, or a copy of a part of one: manifest and fingerprint in memory, parts elsewhere."""
 
-    def __init__(self, path: Path, data: bytes) -> None:
-        self.path = path
-        self.manifest = manifest.parse(data, where=str(path / layout.MANIFEST))
+    def __init__(
+        self, place: str | Path, data: bytes, view_of: Callable[[Manifest, str], View], read: ReadFile
+    ) -> None:
+        self.place = str(place)  # a directory or a URL
+        self.path = Path(place)
+        self.manifest_bytes = data
+        self.manifest = manifest.parse(data, where=f"{place}/{layout.MANIFEST}")
         self.fingerprint = digest_bytes(data)
-        self.view = read_view(path, self.manifest, self.fingerprint)
+        self.view = view_of(self.manifest, self.fingerprint)
+        self._read_file = read
 
     def __len__(self) -> int:
         """Rollouts of the artifact, also of those that a partial copy lacks."""
@@ -66,7 +77,7 @@ class Artifact:
         """Decode one part; raises ArtifactError where its bytes are not those of the manifest."""
         if number not in self.view.parts:
             raise InputError(
-                f"there is no part {number} in `{self.path}`",
+                f"there is no part {number} in `{self.place}`",
                 expected=f"{self.view.parts.start} to {self.view.parts.stop - 1}",
             )
         topk = self._read(number, layout.TOPK) if self.view.has_topk else None
@@ -121,13 +132,9 @@ class Artifact:
 
     def _read(self, number: int, kind: str) -> bytes:
         name, entry = layout.part_file(number, kind), self.manifest.parts[number].files[kind]
-        path = self.path / name
-        if path.parent.is_symlink() or path.is_symlink() or not path.is_file():
-            raise ArtifactError(f"`{name}` is missing or not a plain file", hint=f"lopd-store verify {self.path}")
-        # The size first, so that a manifest cannot make us ask for more memory than there are bytes to read.
-        data = path.read_bytes() if path.stat().st_size == entry.size else b""
+        data = self._read_file(name, entry)
         if len(data) != entry.size or xxhash.xxh3_128_hexdigest(data) != entry.xxh3_128:
-            raise ArtifactError(f"`{name}` was damaged", hint=f"lopd-store verify {self.path}")
+            raise ArtifactError(f"`{name}` was damaged", hint=f"lopd-store verify {self.place}")
         return data
 
 
@@ -145,17 +152,46 @@ def rollout_of_part(part: Part, index: int) -> StoredRollout:
     )
 
 
-def open(path: str | Path, *, student: ModelIdentity | None = None) -> Artifact:
-    """Open a sealed artifact; given a student's identity, the gate must find it consistent.
+def open(place: str | Path, *, student: ModelIdentity | None = None) -> Artifact:
+    """Open a sealed artifact, in a directory or at a URL; given a student's identity, the gate must find it consistent.
 
     Raises InputError where there is no artifact, ArtifactError where its manifest is wrong, ConsistencyError
     where the gate refuses.
     """
-    directory = Path(path)
+    artifact = open_source(sources.find(place)) if sources.is_url(place) else _open_directory(Path(place))
+    if student is not None:
+        gate.enforce(gate.judge(artifact.manifest.inputs, student))
+    return artifact
+
+
+def _open_directory(directory: Path) -> Artifact:
     file = directory / layout.MANIFEST
     if file.is_symlink() or not file.is_file():
         raise layout.no_artifact(directory)
-    artifact = Artifact(directory, manifest.read_bytes(file))
-    if student is not None:
-        gate.enforce(gate.judge(artifact.manifest.inputs, student))
+
+    def read(name: str, entry: FileDigests) -> bytes:
+        path = directory / name
+        if path.parent.is_symlink() or path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"`{name}` is missing or not a plain file", hint=f"lopd-store verify {directory}")
+        # The size first, so that a manifest cannot make us ask for more memory than there are bytes to read.
+        return path.read_bytes() if path.stat().st_size == entry.size else b""
+
+    return Artifact(directory, manifest.read_bytes(file), partial(read_view, directory), read)
+
+
+def open_source(source: sources.Source, *, fingerprint: str | None = None) -> Artifact:
+    """Open an artifact where it is; refuses any other than the one with this fingerprint, where one is given."""
+    data = source.read(layout.MANIFEST, manifest.MAX_MANIFEST_BYTES)
+    if data is None:
+        raise ArtifactError(
+            f"`{source.name}` is not an artifact", expected=f"`{layout.MANIFEST}`", actual="no such file"
+        )
+    view = source.read(layout.VIEW, MAX_VIEW_BYTES)
+    artifact = Artifact(
+        source.name,
+        data,
+        lambda manifest, fingerprint: whole(manifest) if view is None else parse_view(view, manifest, fingerprint),
+        lambda name, entry: read_cached(name, entry, source.fetch),
+    )
+    require_fingerprint(artifact.fingerprint, source.name, wanted=fingerprint, revision=source.revision)
     return artifact

@@ -37,14 +37,7 @@ def subset(
     artifact, output = reader.open(path), Path(output)
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
-    view = artifact.view
-    if parts is not None and not (view.parts.start <= parts.start < parts.stop <= view.parts.stop and parts.step == 1):
-        raise InputError(
-            "`parts` is out of range",
-            expected=f"{view.parts.start}:{view.parts.stop} or less",
-            actual=f"{parts.start}:{parts.stop}",
-        )
-    chosen = View(kinds=(layout.TOKENS,) if only else view.kinds, parts=parts or view.parts)
+    chosen = choose(artifact.view, only, parts)
     copying = output.with_name(output.name + _SUFFIX)
     shutil.rmtree(copying, ignore_errors=True)
     (copying / layout.PARTS).mkdir(parents=True)
@@ -57,13 +50,29 @@ def subset(
             if (artifact.path / name).is_file() and not (artifact.path / name).is_symlink():
                 shutil.copyfile(artifact.path / name, copying / name)
         if not chosen.is_whole(artifact.manifest):
-            write_durably(copying / layout.VIEW, strictjson.pretty(chosen.to_json(artifact.fingerprint)))
+            write_view(copying, chosen, artifact.fingerprint)
         verify(copying, on_bytes=on_bytes).require_ok()
         copying.rename(output)
     finally:
         shutil.rmtree(copying, ignore_errors=True)
     sync_directory(output.parent)
     return reader.open(output)
+
+
+def choose(view: View, only: Only | None, parts: range | None) -> View:
+    """The view of a part of what there is."""
+    if parts is not None and not (view.parts.start <= parts.start < parts.stop <= view.parts.stop and parts.step == 1):
+        raise InputError(
+            "`parts` is out of range",
+            expected=f"{view.parts.start}:{view.parts.stop} or less",
+            actual=f"{parts.start}:{parts.stop}",
+        )
+    return View(kinds=(layout.TOKENS,) if only else view.kinds, parts=parts or view.parts)
+
+
+def write_view(directory: Path, view: View, fingerprint: str) -> None:
+    """Let a copy say what it holds."""
+    write_durably(directory / layout.VIEW, strictjson.pretty(view.to_json(fingerprint)))
 
 
 def _copy(source: Path, target: Path) -> None:

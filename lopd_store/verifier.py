@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from lopd_store import gate, layout, reader, signatures
+from lopd_store import gate, layout, reader, signatures, sources
 from lopd_store import manifest as manifests
 from lopd_store.checks import Finding, audit_rollouts, check_tokens, check_topk, finding, finding_of
 from lopd_store.container import Arrays, Group
 from lopd_store.digest import digest_bytes
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.identity import ModelIdentity
+from lopd_store.listing import check_listing
 from lopd_store.manifest import Manifest, audited_at
 from lopd_store.part import array_lengths, tokens_arrays, topk_arrays
 from lopd_store.statistic import Statistic, add_up
@@ -94,6 +95,9 @@ def verify(
 ) -> Report:
     """Check an artifact: every byte, every structure, every value; `quick` checks sizes and xxh3 alone.
 
+    Of one at a URL only a quick look can be had: sizes, and the sha256 that the Hub knows of its files, beside the
+    manifest, without downloading a part.
+
     With a student, the gate's findings are reported too. With `signed_by`, a public key or its file, there must be a
     valid signature of the fingerprint by it. With `rescore` that many rollouts of an artifact that is
     right otherwise are scored again by the `teacher`. Parts are checked side by side in as many threads, one per
@@ -101,6 +105,14 @@ def verify(
     `on_rollouts` the same of rollouts scored again. Raises InputError only where there is no directory to look at,
     or a build in progress.
     """
+    if sources.is_url(path):
+        if not quick or student is not None or signed_by is not None or rescore:
+            raise InputError(
+                f"`{path}` is not on this machine",
+                hint="`--quick` compares what the Hub says of its files with the manifest; `lopd-store pull` gets and "
+                "verifies every byte",
+            )
+        return _verify_listing(sources.find(path))
     directory = Path(path)
     if bool(rescore) != (teacher is not None):
         raise InputError("`rescore` and `teacher` go together", hint="--rescore 8 --teacher MODEL")
@@ -164,6 +176,24 @@ def verify(
 
     rescored = rescoring.rescore(reader.open(directory), teacher=teacher or "", count=rescore, on_progress=on_rollouts)
     return replace(whole, rescored=rescored, findings=(*findings, *rescored.findings))
+
+
+def _verify_listing(source: sources.Source) -> Report:
+    """What the source says of its files, beside the manifest."""
+    try:
+        artifact = reader.open_source(source)
+    except ArtifactError as error:
+        found = finding_of(error, layout.MANIFEST, "A001")
+        return Report(fingerprint=None, quick=True, partial=False, files=0, bytes=0, findings=(found,))
+    entries = _entries(artifact.view, artifact.manifest)
+    return Report(
+        fingerprint=artifact.fingerprint,
+        quick=True,
+        partial=not artifact.view.is_whole(artifact.manifest),
+        files=len(entries) + 1,
+        bytes=sum(size for _, size in entries) + len(artifact.manifest_bytes),
+        findings=tuple(check_listing(artifact.manifest, artifact.view, source.listing())),
+    )
 
 
 class _Progress:

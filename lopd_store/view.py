@@ -16,7 +16,7 @@ from lopd_store.errors import ArtifactError
 from lopd_store.manifest import Manifest
 
 _FORMAT = "lopd-view"
-_MAX_BYTES = 4096
+MAX_VIEW_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,12 @@ def read_view(directory: Path, manifest: Manifest, fingerprint: str) -> View:
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"`{layout.VIEW}` is not a plain file", code="A003")
     with path.open("rb") as file:
-        value = strictjson.loads(file.read(_MAX_BYTES + 1), where=layout.VIEW, max_bytes=_MAX_BYTES)
+        return parse_view(file.read(MAX_VIEW_BYTES + 1), manifest, fingerprint)
+
+
+def parse_view(data: bytes, manifest: Manifest, fingerprint: str) -> View:
+    """The view of this artifact that these bytes are. Raises ArtifactError where they are none."""
+    value = strictjson.loads(data, where=layout.VIEW, max_bytes=MAX_VIEW_BYTES)
     kinds, parts = (value.get("kinds"), value.get("parts")) if isinstance(value, dict) else (None, None)
     if (
         isinstance(kinds, list)

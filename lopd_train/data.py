@@ -57,7 +57,7 @@ def artifact_source(artifact: Artifact) -> Source:
             for row, rollout in enumerate(rollouts, firsts[number])
         ]
 
-    return Source(where=str(artifact.path), sizes={number: sizes[number] for number in artifact.view.parts}, read=read)
+    return Source(where=artifact.place, sizes={number: sizes[number] for number in artifact.view.parts}, read=read)
 
 
 def rollouts_source(file: RolloutsFile) -> Source:

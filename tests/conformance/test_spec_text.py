@@ -238,7 +238,7 @@ def test_the_limits_of_the_text_are_those_of_the_library() -> None:
     powers = {2**exponent: f"2^{exponent}" for exponent in range(64)}
     powers |= {2**exponent - 1: f"2^{exponent} - 1" for exponent in range(3, 64)}
     assert [row["at most"] for row in table] == [
-        f"{mebibytes} MiB; {view._MAX_BYTES} bytes; {container.MAX_METADATA_BYTES} bytes; {kibibytes} KiB",
+        f"{mebibytes} MiB; {view.MAX_VIEW_BYTES} bytes; {container.MAX_METADATA_BYTES} bytes; {kibibytes} KiB",
         f"{strictjson.MAX_DEPTH}; {strictjson._MAX_INTEGER_DIGITS}",
         f"{layout.MAX_PARTS:,}; {powers[manifests._COUNT_LIMIT - 1]}; {powers[layout.MAX_FILE_BYTES]}",
         f"{encodings.K_LIMIT:,}; {grid.MAX_SEGMENTS}; {grid.LAST_LEVEL + 1:,}",

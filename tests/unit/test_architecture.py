@@ -15,12 +15,13 @@ PACKAGES = {"lopd_store": ROOT / "lopd_store", "lopd_train": ROOT / "lopd_train"
 # A module imports only what stands before it, wherever in the file the import is: DESIGN.md, section 3.
 LAYERS = [
     ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "compiled", "lookup", "pco"]),
+    ("remote", ["hub", "cache", "sources"]),
     ("models", ["models", "license", "weights", "identity", "provenance"]),
     ("values", ["grid", "topk", "encoding", "statistic", "manifest", "gate", "view"]),
-    ("files", ["signatures", "container", "table", "part", "checks", "rollouts", "prompts", "card"]),
+    ("files", ["signatures", "container", "table", "part", "checks", "rollouts", "prompts", "listing", "card"]),
     ("making", ["teachers", "teachers.transformers", "plan", "scoring", "workers", "sampler", "audit", "differences"]),
     ("records", ["lineage", "declare"]),
-    ("artifacts", ["reader", "rescore", "builder", "verifier", "subset", "hub"]),
+    ("artifacts", ["reader", "rescore", "builder", "verifier", "subset", "download", "upload", "catalog"]),
     ("door", ["__init__"]),
 ]
 ORDER = [module for _, modules in LAYERS for module in modules]

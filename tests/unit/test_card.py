@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lopd_store.card import render_card, tag_of
+from lopd_store.card import render_card
 from lopd_store.license import License
 from lopd_store.statistic import SftAudit, Statistic
 from tests.artifacts import identity_named
@@ -46,10 +46,6 @@ def test_a_name_cannot_bring_markup_into_the_card() -> None:
     evil = identity_named("x | <script>`\n# [click](http://evil)")
     card = render_card(make_manifest(inputs=replace(INPUTS, teacher=evil)), DATA)
     assert "<script>" not in card and "](" not in card and "\n# [" not in card and "x | " not in card
-
-
-def test_the_tag_is_the_beginning_of_the_fingerprint() -> None:
-    assert tag_of("sha256:0123456789abcdef" + "0" * 48) == "lopd-0123456789ab"
 
 
 @pytest.mark.parametrize(

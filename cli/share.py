@@ -1,0 +1,144 @@
+"""`lopd-store push`, `pull`, `list` and `search`: the Hub, and object stores for `pull`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import lopd_store
+from lopd_store.catalog import Found
+from lopd_store.errors import InputError
+
+from . import console, facts
+
+app = typer.Typer()
+
+
+class Only(StrEnum):
+    """Views that can be asked for by name."""
+
+    sampled = "sampled"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+SignedByOption = Annotated[
+    str | None, typer.Option(metavar="KEY", help="Only if this public key, or the one in this file, has signed it.")
+]
+OnlyOption = Annotated[
+    Only | None, typer.Option(metavar="VIEW", help="`sampled`: token files alone, enough for that objective.")
+]
+PartsOption = Annotated[str | None, typer.Option(metavar="A:B", help="Parts A to B - 1, counted from 0.")]
+LimitOption = Annotated[int, typer.Option(metavar="N", min=1, help="Show at most so many.")]
+_MODEL_HELP = "A model, or the digest of its {}, sha256:…"
+
+
+@app.command()
+def push(
+    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's directory.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A dataset repository on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    json: Json = False,
+) -> None:
+    """Verify an artifact and push it to a dataset repository on the Hub; run again, it goes on where it was."""
+    with console.progress("verify", "bytes") as verified, console.progress("push", "bytes", at_once=False) as sent:
+        pushed = lopd_store.push(
+            artifact,
+            repository,
+            private=private,
+            create_pr=create_pr,
+            on_bytes=verified.update,
+            on_upload=sent.update,
+        )
+    if json:
+        console.answer(vars(pushed))
+    else:
+        console.say(f"{pushed.url}\n{pushed.fingerprint}")
+
+
+@app.command()
+def pull(
+    place: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="A dataset repository on the Hub, with @REV or not; or a URL.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The directory to make; by default it goes into the cache.")
+    ] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(metavar="SHA256", help="Accept this artifact and no other.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="A tag, branch or commit.")] = None,
+    only: OnlyOption = None,
+    parts: PartsOption = None,
+    signed_by: SignedByOption = None,
+    json: Json = False,
+) -> None:
+    """Download an artifact, or a part of one, and verify it; run again, it goes on where it was."""
+    with (
+        console.progress("pull", "bytes", at_once=False) as come,
+        console.progress("verify", "bytes", at_once=False) as verified,
+    ):
+        artifact = lopd_store.pull(
+            place,
+            output=output,
+            fingerprint=fingerprint,
+            revision=revision,
+            only=None if only is None else "sampled",
+            parts=parse_parts(parts),
+            signed_by=signed_by,
+            on_download=come.update,
+            on_bytes=verified.update,
+        )
+    facts.answer(artifact, json)
+
+
+@app.command("list")
+def list_artifacts(
+    owner: Annotated[str, typer.Argument(metavar="OWNER", help="A user or an organisation of the Hub.")],
+    limit: LimitOption = 50,
+    json: Json = False,
+) -> None:
+    """List the artifacts that an owner has on the Hub."""
+    _answer(lopd_store.search(owner=owner, limit=limit), json)
+
+
+@app.command()
+def search(
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help=_MODEL_HELP.format("weights"))] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help=_MODEL_HELP.format("tokenizer"))] = None,
+    owner: Annotated[str | None, typer.Option(metavar="OWNER", help="Only of this user or organisation.")] = None,
+    limit: LimitOption = 50,
+    json: Json = False,
+) -> None:
+    """Find artifacts on the Hub whose teacher, or tokenizer, is this one."""
+    _answer(lopd_store.search(owner=owner, teacher=teacher, tokenizer=tokenizer, limit=limit), json)
+
+
+def parse_parts(text: str | None) -> range | None:
+    """The range of `--parts A:B`."""
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise InputError(f"`--parts {text}` is not a range of parts", expected="A:B, for example 0:4")
+    return range(int(start), int(stop))
+
+
+def _answer(found: list[Found], json: bool) -> None:
+    if json:
+        console.answer([one.to_json() for one in found])
+        return
+    for one in found:
+        if one.problem is not None:
+            console.note(f"note: {one.repository}: {one.problem}")
+    rows = [one.to_json() for one in found if one.artifact is not None]
+    if not rows:
+        console.note("nothing found")
+        return
+    console.table(
+        [(row["url"], row["teacher"], f"{row['positions']:,}", row["consistency"]) for row in rows],
+        header=("artifact", "teacher", "positions", "consistency"),
+    )

@@ -1,0 +1,85 @@
+"""Finding artifacts on the Hub: what an owner has, and what a teacher or a tokenizer fits.
+
+    search(owner="acme")
+    search(teacher="Qwen/Qwen3-8B")          # whose teacher is the one that wrote my SFT data
+
+A push writes the beginnings of two digests into the card as tags, and the Hub finds repositories by them. A tag is a
+claim: the manifest of each is read, a few kilobytes, and has the last word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopd_store import gate, models
+from lopd_store.card import search_tags
+from lopd_store.digest import is_digest
+from lopd_store.errors import InputError, LopdError
+from lopd_store.hub import hub_errors, tag_of
+from lopd_store.identity import identify, tokenizer_digest
+from lopd_store.reader import Artifact, open_source
+from lopd_store.sources import HubSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A repository that says it holds an artifact; `problem` where its manifest cannot be read."""
+
+    repository: str
+    artifact: Artifact | None
+    problem: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; the facts are those of the manifest."""
+        if self.artifact is None:
+            return {"repository": self.repository, "problem": self.problem}
+        inputs, counts = self.artifact.manifest.inputs, self.artifact.manifest.counts
+        return {
+            "repository": self.repository,
+            "url": f"hf://{self.repository}@{tag_of(self.artifact.fingerprint)}",
+            "fingerprint": self.artifact.fingerprint,
+            "teacher": inputs.teacher.name,
+            "weights": inputs.teacher.weights,
+            "tokenizer": inputs.teacher.tokenizer,
+            "rollouts": counts.rollouts,
+            "positions": counts.positions,
+            "consistency": gate.judge(inputs).state,
+        }
+
+
+def search(
+    *, owner: str | None = None, teacher: str | Path | None = None, tokenizer: str | Path | None = None, limit: int = 50
+) -> list[Found]:
+    """Repositories of the Hub with an artifact: of this owner, by this teacher, with this tokenizer, at most so many.
+
+    `teacher` and `tokenizer` are models, whose digests are computed, or digests themselves: of weights, of a tokenizer.
+    """
+    from huggingface_hub import HfApi
+
+    if owner is None and teacher is None and tokenizer is None:
+        raise InputError("nothing to search for", hint="name an owner, a teacher or a tokenizer")
+    weights = None if teacher is None else str(teacher) if is_digest(str(teacher)) else identify(teacher).weights
+    vocabulary = None if tokenizer is None else _tokenizer_digest(str(tokenizer))
+    tags = search_tags(teacher=weights, tokenizer=vocabulary)
+    with hub_errors(owner or "the Hub"):
+        repositories = [info.id for info in HfApi().list_datasets(author=owner, filter=tags, limit=limit)]
+    every = [_read(repository) for repository in repositories]
+    return [one for one in every if one.artifact is None or _fits(one.artifact, weights, vocabulary)]
+
+
+def _read(repository: str) -> Found:
+    try:
+        return Found(repository=repository, artifact=open_source(HubSource(repository=repository)))
+    except LopdError as error:
+        return Found(repository=repository, artifact=None, problem=error.message)
+
+
+def _fits(artifact: Artifact, weights: str | None, tokenizer: str | None) -> bool:
+    identity = artifact.manifest.inputs.teacher
+    return weights in (None, identity.weights) and tokenizer in (None, identity.tokenizer)
+
+
+def _tokenizer_digest(model: str) -> str:
+    return model if is_digest(model) else tokenizer_digest(models.load_tokenizer(models.find(model)))
