@@ -82,6 +82,8 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
         raise _unavailable(error.__cause__ or error) from error
     except (RuntimeError, errors.XetDownloadError) as error:  # what the client makes of a transfer that failed
         raise _unavailable(error) from error
+    except (ValueError, KeyError) as error:  # and of an answer that is none
+        raise _unavailable(error) from error
 
 
 def _unavailable(error: BaseException) -> UnavailableError:

@@ -141,7 +141,7 @@ def _documents(artifact: Artifact, repository: str, head: HubSource, there: Mapp
     documents = {name: path.read_bytes() for name, path in files.items() if path.is_file() and not path.is_symlink()}
     generated, card = render_card(artifact.manifest, artifact.fingerprint), artifact.path / layout.CARD
     edited = card.read_text(encoding="utf-8") if card.is_file() and not card.is_symlink() else generated
-    if edited == generated and layout.CARD in there:
+    if merge_card(generated, edited) == generated and layout.CARD in there:  # nobody wrote into it here
         found = head.read(layout.CARD, _MAX_CARD_BYTES) or b""
         edited = found.decode(errors="replace")
     text = merge_card(generated, edited).replace(UNNAMED, repository)

@@ -57,6 +57,20 @@ class Commit:
 
 
 @dataclass(kw_only=True)
+class PullRequest:
+    """A pull request; its branch is `refs/pr/NUMBER`."""
+
+    number: int
+    title: str
+    author: str
+    status: str = "draft"  # or "open", "closed", "merged"
+
+    @property
+    def branch(self) -> str:
+        return f"refs/pr/{self.number}"
+
+
+@dataclass(kw_only=True)
 class Repository:
     """One repository; a new one has the Hub's own first commit, which holds `.gitattributes`."""
 
@@ -67,6 +81,7 @@ class Repository:
     commits: dict[str, Commit] = field(default_factory=dict)  # by object id, oldest first
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    pull_requests: list[PullRequest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
@@ -94,6 +109,11 @@ class Repository:
         if oid not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
         return self.commits[oid]
+
+    def merge(self, request: PullRequest) -> Commit:
+        """What the owner of a repository does with a pull request on its page."""
+        request.status = "merged"
+        return self.commit("main", self.at(request.branch).files, title=f"Merge {request.title}")
 
     def history(self, revision: str) -> Iterator[Commit]:
         """The commit and its ancestors, newest first."""

@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode
 
-from tests.hub.repository import LFS_SUFFIXES, Commit, File, HubError, Repository, git_blob_oid, list_entries
+import yaml
+
+from tests.hub.repository import (
+    LFS_SUFFIXES,
+    Commit,
+    File,
+    HubError,
+    PullRequest,
+    Repository,
+    git_blob_oid,
+    list_entries,
+)
 
 if TYPE_CHECKING:
     from tests.hub.server import HubServer
@@ -24,6 +35,7 @@ class Request:
     method: str
     path: str  # still percent-encoded: a revision may contain a slash
     query: Mapping[str, str]
+    values: Mapping[str, list[str]]  # of the query, where a name comes more than once
     headers: Mapping[str, str]
     body: bytes
 
@@ -83,7 +95,8 @@ def route(method: str, url: str, *, needs_token: bool = False) -> Callable[[Rout
 @route("GET", "/api/whoami-v2", needs_token=True)
 def whoami(hub: "HubServer", request: Request) -> Answer:
     access = {"accessToken": {"displayName": "tests", "role": "write"}}
-    return json_answer({"type": "user", "name": hub.user, "fullname": hub.user, "orgs": [], "auth": access})
+    orgs = [{"name": name} for name in hub.organizations]
+    return json_answer({"type": "user", "name": hub.user, "fullname": hub.user, "orgs": orgs, "auth": access})
 
 
 @route("POST", "/api/repos/create", needs_token=True)
@@ -107,25 +120,28 @@ def delete_repo(hub: "HubServer", request: Request) -> Answer:
 @route("GET", "/api/{types}/{id}")
 @route("GET", "/api/{types}/{id}/revision/{revision}")
 def repo_info(hub: "HubServer", request: Request, repo: Repository, revision: str = "main") -> Answer:
-    commit, first = repo.at(revision), next(iter(repo.commits.values()))
+    commit = repo.at(revision)
+    facts = repo_facts(repo, commit)
+    if "expand" in request.query:  # the client asks for one field
+        return json_answer({name: facts[name] for name in ("id", request.query["expand"])})
     with_blobs = "blobs" in request.query
-    return json_answer(
-        {
-            "id": repo.id,
-            "author": repo.id.partition("/")[0],
-            "sha": commit.oid,
-            "createdAt": date(first),
-            "lastModified": date(commit),
-            "private": repo.private,
-            "gated": repo.gated,
-            "disabled": False,
-            "downloads": 0,
-            "likes": 0,
-            "tags": [],
-            "cardData": {},
-            "siblings": [sibling(path, file, with_blob=with_blobs) for path, file in commit.files.items()],
-        }
-    )
+    siblings = [sibling(path, file, with_blob=with_blobs) for path, file in commit.files.items()]
+    return json_answer({**facts, "siblings": siblings})
+
+
+@route("GET", "/api/{types}")
+def list_repos(hub: "HubServer", request: Request, types: str) -> Answer:
+    """The repositories of an owner, with all the tags that are asked for: those of the card on the main branch."""
+    wanted = set(request.values.get("filter", []))
+    found = [
+        repo_facts(repo, repo.at("main"))
+        for repo in hub.repos.values()
+        if repo.type == types.removesuffix("s")
+        and request.query.get("author") in (None, repo.id.partition("/")[0])
+        and wanted <= set(card_tags(repo.at("main")))
+        and not (repo.private and request.token is None)
+    ]
+    return page(hub, request, found[: int(request.query.get("limit", len(found)))])
 
 
 @route("GET", "/api/{types}/{id}/refs")
@@ -246,6 +262,38 @@ def delete_branch(hub: "HubServer", request: Request, repo: Repository, name: st
     return delete_ref(repo.branches, name)
 
 
+# Pull requests
+
+
+@route("GET", "/api/{types}/{id}/discussions", needs_token=True)
+def list_discussions(hub: "HubServer", request: Request, repo: Repository) -> Answer:
+    found = [discussion(repo, pull_request) for pull_request in repo.pull_requests]
+    return json_answer({"discussions": found, "count": len(found), "start": 0})
+
+
+@route("POST", "/api/{types}/{id}/discussions", needs_token=True)
+def create_pull_request(hub: "HubServer", request: Request, repo: Repository) -> Answer:
+    number, title = len(repo.pull_requests) + 1, request.json()["title"]
+    made = PullRequest(number=number, title=title, author=hub.user)
+    repo.pull_requests.append(made)
+    repo.branches[made.branch] = repo.at("main").oid
+    return json_answer({"num": number})
+
+
+@route("GET", "/api/{types}/{id}/discussions/{number}", needs_token=True)
+def discussion_details(hub: "HubServer", request: Request, repo: Repository, number: str) -> Answer:
+    facts = discussion(repo, repo.pull_requests[int(number) - 1])
+    changes = {"base": "refs/heads/main"}
+    return json_answer({**facts, "events": [], "diff": "", "filesWithConflicts": [], "changes": changes})
+
+
+@route("POST", "/api/{types}/{id}/discussions/{number}/status", needs_token=True)
+def change_status(hub: "HubServer", request: Request, repo: Repository, number: str) -> Answer:
+    status = repo.pull_requests[int(number) - 1].status = request.json()["status"]
+    event = {"id": "0", "type": "status-change", "createdAt": date(repo.at("main")), "data": {"status": status}}
+    return json_answer({"newStatus": event})
+
+
 # Listings and downloads
 
 
@@ -340,13 +388,50 @@ def file_answer(request: Request, data: bytes, headers: Mapping[str, str]) -> An
 def named_repo(hub: "HubServer", asked: Mapping[str, str | None]) -> tuple[str, str]:
     """The type and id of the repository to create or to delete."""
     owner, repo_type = asked.get("organization") or hub.user, asked.get("type") or "model"
-    if owner != hub.user:
+    if owner not in (hub.user, *hub.organizations):
         raise HubError(403, f'You don\'t have the rights to create a {repo_type} under the namespace "{owner}".')
     return repo_type, f"{owner}/{asked['name']}"
 
 
 def repo_url(hub: "HubServer", repo: Repository) -> str:
     return f"{hub.endpoint}/{'' if repo.type == 'model' else repo.type + 's/'}{repo.id}"
+
+
+def repo_facts(repo: Repository, commit: Commit) -> dict[str, Any]:
+    return {
+        "id": repo.id,
+        "author": repo.id.partition("/")[0],
+        "sha": commit.oid,
+        "createdAt": date(next(iter(repo.commits.values()))),
+        "lastModified": date(commit),
+        "private": repo.private,
+        "gated": repo.gated,
+        "disabled": False,
+        "downloads": 0,
+        "likes": 0,
+        "tags": card_tags(commit),
+        "cardData": {},
+    }
+
+
+def card_tags(commit: Commit) -> list[str]:
+    """The tags in the metadata of the card."""
+    card = commit.files.get("README.md")
+    _, _, rest = (card.data.decode() if card else "").partition("---\n")
+    metadata = yaml.safe_load(rest.partition("\n---")[0]) if card else None
+    return list((metadata or {}).get("tags", []))
+
+
+def discussion(repo: Repository, request: PullRequest) -> dict[str, Any]:
+    return {
+        "title": request.title,
+        "num": request.number,
+        "author": {"name": request.author},
+        "createdAt": date(repo.at("main")),
+        "status": request.status,
+        "repo": {"name": repo.id, "type": repo.type},
+        "isPullRequest": True,
+    }
 
 
 def announced_parts(hub: "HubServer", oid: str) -> dict[int, bytes]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qs, parse_qsl, unquote
 
 from tests.hub.repository import HubError, Repository
 from tests.hub.routes import ROUTES, Answer, Request, Route, json_answer
@@ -31,18 +31,35 @@ class Cut:
     after: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Garbled:
+    """The answer with other bytes in its body, as many as before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow:
+    """The answer, some time later."""
+
+    seconds: float
+
+
+Fault = Answer | Cut | Garbled | Slow | None
+
+
 @dataclass(kw_only=True)
 class HubServer:
     """The server: `with HubServer() as hub:` starts and stops it. The first fields are its options."""
 
     token: str = "the-token-of-acme"
-    user: str = "acme"  # whose token it is, and the one namespace that it may create repositories in
+    user: str = "acme"  # whose token it is
+    organizations: tuple[str, ...] = ()  # where, beside their own namespace, the user may create repositories
     redirect: bool = False  # send LFS downloads to another origin, as the real Hub does
     page_size: int = 1000
     lfs_size: int = 1 << 20  # files this large are LFS; so is everything with an LFS suffix
     multipart_size: int = 8 << 20  # larger LFS files are uploaded in parts of this size
-    fault: Callable[[str, str], Answer | Cut | None] | None = None  # (method, path) -> what happens instead
+    fault: Callable[[str, str], Fault] | None = None  # (method, path) -> what happens instead
 
+    sent: int = 0  # bytes of the bodies of all answers
     requests: list[tuple[str, str]] = field(default_factory=list)  # (method, path), decoded, without the query
     repos: dict[tuple[str, str], Repository] = field(default_factory=dict)  # by type and id
     lfs_objects: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
@@ -148,10 +165,13 @@ class _Handler(BaseHTTPRequestHandler):
         fault = hub.fault(self.command, unquote(path)) if hub.fault else None
         if isinstance(fault, Cut) and fault.after is None:
             return
+        if isinstance(fault, Slow):
+            threading.Event().wait(fault.seconds)  # a test may have made `time.sleep` do nothing
         request = Request(
             method="GET" if self.command == "HEAD" else self.command,
             path=path,
             query=dict(parse_qsl(query)),
+            values=parse_qs(query),
             headers={name.lower(): value for name, value in self.headers.items()},
             body=body,
         )
@@ -161,7 +181,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body[: fault.after if isinstance(fault, Cut) else None])
+            body = answer.body[: fault.after if isinstance(fault, Cut) else None]
+            hub.sent += len(body)
+            self.wfile.write(bytes(byte ^ 1 for byte in body) if isinstance(fault, Garbled) else body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve  # noqa: N815 - http.server looks for these names
 
