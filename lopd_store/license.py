@@ -70,7 +70,7 @@ _KEYS = {"id": "license", "name": "license_name", "link": "license_link"}
 def _front_matter(path: Path) -> Mapping[str, Any]:
     """The metadata of a model card; empty where there is none that reads."""
     from huggingface_hub.repocard import metadata_load
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     try:
         if path.stat().st_size > _MAX_CARD_BYTES:

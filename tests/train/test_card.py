@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 import lopd_train
 from lopd_store.gate import ALLOW_INCONSISTENT, ALLOW_UNKNOWN
