@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import platform
 import struct
@@ -89,21 +90,17 @@ def write_weights(path: Path, dtype: str, size: int) -> Path:
 
 
 def sha256(path: Path, threads: int) -> None:
-    """Bare sha256 of the file: of as many equal pieces as there are threads."""
+    """Bare sha256 of the file, mapped as the digest maps it: of as many equal pieces as there are threads."""
     size = path.stat().st_size
     each = -(-size // threads)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
 
-    def piece(start: int) -> None:
-        digest, left = hashlib.sha256(), min(each, size - start)
-        with path.open("rb") as file:
-            file.seek(start)
-            while left:
-                block = file.read(min(left, 4 << 20))
-                digest.update(block)
-                left -= len(block)
+        def piece(start: int) -> None:
+            with memoryview(mapped) as view, view[start : start + each] as some:
+                hashlib.sha256(some)
 
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        list(pool.map(piece, range(0, size, each)))
+        with ThreadPoolExecutor(max_workers=threads) as pool:
+            list(pool.map(piece, range(0, size, each)))
 
 
 if __name__ == "__main__":

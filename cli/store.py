@@ -213,7 +213,12 @@ def verify(
     student: Annotated[str | None, typer.Option(metavar="MODEL", help="Also ask the gate about this student.")] = None,
     signed_by: SignedByOption = None,
     rescore: Annotated[int, typer.Option(metavar="N", min=0, help="Also score this many random rollouts again.")] = 0,
-    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The teacher, for --rescore.")] = None,
+    sft_data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The SFT data: also audit it under the teacher again.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The teacher, for --rescore and --sft-data.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check every byte, every structure and every value of an artifact."""
@@ -221,7 +226,11 @@ def verify(
     if student is not None:
         with console.progress("identity", "bytes") as meter:
             identity = lopd_store.identify(student, on_bytes=meter.update)
-    with console.progress("verify", "bytes") as meter, console.progress("score again", "rollouts") as again:
+    with (
+        console.progress("verify", "bytes") as meter,
+        console.progress("score again", "rollouts", at_once=False) as again,
+        console.progress("audit", "positions", at_once=False) as audited,
+    ):
         report = lopd_store.verify(
             artifact,
             quick=quick,
@@ -229,8 +238,10 @@ def verify(
             signed_by=signed_by,
             rescore=rescore,
             teacher=teacher,
+            sft_data=sft_data,
             on_bytes=meter.update,
             on_rollouts=again.update,
+            on_audited=audited.update,
         )
     if json:
         console.answer(report.to_json())
@@ -239,6 +250,8 @@ def verify(
         depth += "" if signed_by is None else f"signed by {signed_by}, "
         if report.rescored is not None:
             depth += f"{len(report.rescored.rollouts)} rollouts scored again, "
+        if report.sft_audit is not None:
+            depth += f"{report.sft_audit.found.positions:,} positions of SFT data audited again, "
         console.say(f"ok: {artifact}, {report.files} files, {report.bytes:,} bytes, {depth}{report.fingerprint}")
     else:
         for finding in report.findings:

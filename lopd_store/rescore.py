@@ -1,4 +1,4 @@
-"""Rescoring: some rollouts scored again by the teacher, to see that the stored log-probs are what it says.
+"""The teacher asked again: whether stored log-probs are what it says, and whether the audit of its SFT data is.
 
 Digests show that bytes did not change; only the teacher can show that they were right. How far two honest scorings may
 differ is not guessed: the rollouts are scored twice, in other batch shapes, and the difference is the noise.
@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lopd_store import models
+from lopd_store import layout, models
+from lopd_store.audit import audit_sft
 from lopd_store.checks import Finding, finding
+from lopd_store.digest import digest_file
 from lopd_store.errors import InputError
 from lopd_store.grid import Grid
 from lopd_store.identity import identify
+from lopd_store.manifest import Manifest
 from lopd_store.reader import Artifact, StoredRollout
 from lopd_store.rollouts import Rollout
+from lopd_store.statistic import SftAudit
 from lopd_store.teachers import RolloutScores, load
 
 _BATCH_TOKENS = 4096
@@ -108,6 +112,41 @@ def rescore(
                 )
             )
     return Rescored(rollouts=tuple(chosen), noise=noise, difference=largest, findings=tuple(findings))
+
+
+def audit_again(
+    manifest: Manifest,
+    *,
+    teacher: str | Path,
+    sft_data: str | Path,
+    device: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[SftAudit, tuple[Finding, ...]]:
+    """Audit the SFT data under the teacher again.
+
+    A091: it is what the manifest has, within what another engine can make of it. Raises InputError where model or file
+    are not those of the artifact, or it has no such audit.
+    """
+    inputs = manifest.inputs
+    inputs.teacher.require(identify(teacher), f"`{teacher}` is not the teacher of this artifact")
+    if (stored := inputs.sft_audit) is None:
+        raise InputError("this artifact has no audit of SFT data", hint="it is made by `lopd-store build --sft-data`")
+    if (digest := digest_file(Path(sft_data)).sha256) != stored.data:
+        raise InputError(f"`{sft_data}` is not the SFT data that was audited", expected=stored.data, actual=digest)
+    found = audit_sft(
+        teacher=teacher,
+        data=sft_data,
+        dtype=inputs.scoring.dtype,
+        device=models.pick_device(device),
+        batch_tokens=_BATCH_TOKENS,
+        on_progress=on_progress,
+    )
+    same = (found.temperature, found.top_p) == (stored.temperature, stored.top_p)
+    if same and found.found.is_near(stored.found):
+        return found, ()
+    place = f"{layout.MANIFEST}: inputs.sft_audit"
+    shown = [str({**one.to_json(), "data": "…"}) for one in (found, stored)]
+    return found, (finding("A091", place, "the teacher finds something else in the SFT data", *shown),)
 
 
 def _rollout(stored: StoredRollout) -> Rollout:

@@ -71,6 +71,16 @@ class Statistic:
             return "too little"
         return "inconsistent" if abs(self.z) > Z_LIMIT and abs(self.effect) > EFFECT_LIMIT else "consistent"
 
+    def is_near(self, other: Statistic) -> bool:
+        """Whether another engine or precision may make the one of the other, over the same text."""
+        room = EFFECT_LIMIT * self.positions
+        return (
+            self.positions == other.positions
+            and abs(self.outside - other.outside) <= max(OUTSIDE_LIMIT * self.positions, 1)
+            and abs(self.score - other.score) <= room
+            and abs(self.variance - other.variance) <= room
+        )
+
     def __str__(self) -> str:
         low, high = self.interval
         words = f"z {self.z:.1f}, {self.effect:+.4f} nat per token ({low:+.4f} to {high:+.4f})"

@@ -31,7 +31,7 @@ from lopd_store.identity import ModelIdentity
 from lopd_store.listing import check_listing
 from lopd_store.manifest import Manifest, audited_at
 from lopd_store.part import array_lengths, tokens_arrays, topk_arrays
-from lopd_store.statistic import Statistic, add_up
+from lopd_store.statistic import SftAudit, Statistic, add_up
 from lopd_store.table import TEXT, read_lengths
 from lopd_store.view import View, read_view
 
@@ -55,6 +55,7 @@ class Report:
     findings: tuple[Finding, ...]
     signed_by: str | None = None  # the key whose signature was asked for
     rescored: Rescored | None = None  # where rollouts were scored again
+    sft_audit: SftAudit | None = None  # where the SFT data was audited again
 
     @property
     def ok(self) -> bool:
@@ -73,6 +74,7 @@ class Report:
             "findings": [found.to_json() for found in self.findings],
             "signed_by": self.signed_by,
             "rescored": None if self.rescored is None else self.rescored.to_json(),
+            "sft_audit": None if self.sft_audit is None else self.sft_audit.to_json(),
         }
 
     def require_ok(self) -> None:
@@ -89,9 +91,11 @@ def verify(
     signed_by: str | Path | None = None,
     rescore: int = 0,
     teacher: str | Path | None = None,
+    sft_data: str | Path | None = None,
     threads: int | None = None,
     on_bytes: OnBytes | None = None,
     on_rollouts: OnBytes | None = None,
+    on_audited: OnBytes | None = None,
 ) -> Report:
     """Check an artifact: every byte, every structure, every value; `quick` checks sizes and xxh3 alone.
 
@@ -99,11 +103,11 @@ def verify(
     manifest, without downloading a part.
 
     With a student, the gate's findings are reported too. With `signed_by`, a public key or its file, there must be a
-    valid signature of the fingerprint by it. With `rescore` that many rollouts of an artifact that is
-    right otherwise are scored again by the `teacher`. Parts are checked side by side in as many threads, one per
-    processor where None is said, and each holds one part in memory. `on_bytes` hears (bytes read, bytes in all),
-    `on_rollouts` the same of rollouts scored again. Raises InputError only where there is no directory to look at,
-    or a build in progress.
+    valid signature of the fingerprint by it. With `rescore` that many rollouts of an artifact that is right otherwise
+    are scored again by the `teacher`, and with `sft_data` that file is audited under it again. Parts are checked side
+    by side in as many threads, one per processor where None is said, and each holds one part in memory. `on_bytes`
+    hears (bytes read, bytes in all), `on_rollouts` the same of rollouts scored again, `on_audited` of positions audited
+    again. Raises InputError only where there is no directory to look at, or a build in progress.
     """
     if sources.is_url(path):
         if not quick or student is not None or signed_by is not None or rescore:
@@ -114,8 +118,8 @@ def verify(
             )
         return _verify_listing(sources.find(path))
     directory = Path(path)
-    if bool(rescore) != (teacher is not None):
-        raise InputError("`rescore` and `teacher` go together", hint="--rescore 8 --teacher MODEL")
+    if (bool(rescore) or sft_data is not None) != (teacher is not None):
+        raise InputError("`rescore` and `sft_data` take the `teacher`, and it them", hint="--rescore 8 --teacher MODEL")
     if quick and signed_by is not None:  # who signs vouches for sha256, not for xxh3
         raise InputError("a quick verification does not reach as far as a signature", hint="leave out `--quick`")
     signer = None if signed_by is None else signatures.read_public_key(signed_by)
@@ -170,12 +174,17 @@ def verify(
     if signer is not None:
         findings += _check_signature(directory, digest_bytes(data), signer)
     whole = report(*findings, view=view, manifest=manifest)
-    if not rescore or any(found.code != "A080" for found in findings):
+    if teacher is None or any(found.code != "A080" for found in findings):
         return whole
-    from lopd_store import rescore as rescoring
+    from lopd_store import rescore as asking
 
-    rescored = rescoring.rescore(reader.open(directory), teacher=teacher or "", count=rescore, on_progress=on_rollouts)
-    return replace(whole, rescored=rescored, findings=(*findings, *rescored.findings))
+    if rescore:
+        again = asking.rescore(reader.open(directory), teacher=teacher, count=rescore, on_progress=on_rollouts)
+        whole = replace(whole, rescored=again, findings=(*whole.findings, *again.findings))
+    if sft_data is not None:
+        audit, more = asking.audit_again(manifest, teacher=teacher, sft_data=sft_data, on_progress=on_audited)
+        whole = replace(whole, sft_audit=audit, findings=(*whole.findings, *more))
+    return whole
 
 
 def _verify_listing(source: sources.Source) -> Report:

@@ -54,7 +54,18 @@ def test_a_quick_verification_says_that_it_was_quick(sealed: Path) -> None:
 def test_the_same_facts_come_in_json(sealed: Path) -> None:
     ran = verify(sealed, "--json")
     assert (ran.code, ran.stderr) == (0, "")
-    facts = {"ok", "fingerprint", "quick", "partial", "files", "bytes", "findings", "signed_by", "rescored"}
+    facts = {
+        "ok",
+        "fingerprint",
+        "quick",
+        "partial",
+        "files",
+        "bytes",
+        "findings",
+        "signed_by",
+        "rescored",
+        "sft_audit",
+    }
     assert ran.json.keys() == facts
     assert (ran.json["ok"], ran.json["findings"]) == (True, [])
 
@@ -174,3 +185,13 @@ def test_an_artifact_in_progress_is_told_from_none(here: Path, name: str) -> Non
     text = IN_PROGRESS.format(name, "artifact.building")
     for command in ("verify", "inspect"):
         assert run_command("lopd-store", command, name) == Ran(code=2, stdout="", stderr=text)
+
+
+def test_sft_data_can_be_audited_again(teacher_dir: Path, rollouts_file: Path, sft_file: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    made = ("--teacher", teacher_dir, "--rollouts", rollouts_file, "--sft-data", sft_file, "--output", artifact)
+    assert run_command("lopd-store", "build", *made).code == 0
+    ran = run_command("lopd-store", "verify", artifact, "--teacher", teacher_dir, "--sft-data", sft_file)
+    assert (ran.code, ran.stderr) == (0, "") and " positions of SFT data audited again, sha256:" in ran.stdout
+    alone = run_command("lopd-store", "verify", artifact, "--sft-data", sft_file)
+    assert alone.code == 2 and "`rescore` and `sft_data` take the `teacher`" in alone.stderr

@@ -85,6 +85,35 @@ def test_the_verifier_derives_the_audit_of_the_rollouts_itself(audited: Artifact
     assert "score" in str(found.expected) and lopd_store.verify(forged, quick=True).ok
 
 
+def test_the_teacher_can_be_asked_again_about_the_sft_data(
+    audited: Artifact, teacher_dir: Path, sft_file: Path, tmp_path: Path
+) -> None:
+    kept = inputs_of(audited).sft_audit
+    assert kept is not None
+    report = lopd_store.verify(audited.path, teacher=teacher_dir, sft_data=sft_file)
+    assert report.ok and report.sft_audit is not None and report.sft_audit.found.is_near(kept.found)
+    forged = lopd_store.subset(audited.path, output=tmp_path / "copy").path
+    data = (forged / layout.MANIFEST).read_bytes()
+    better = replace(kept, found=replace(kept.found, score=kept.found.score + 0.02 * kept.found.positions))
+    (forged / layout.MANIFEST).write_bytes(edit_manifest(data, "inputs", "sft_audit", value=better.to_json()))
+    assert lopd_store.verify(forged).ok
+    (found,) = lopd_store.verify(forged, teacher=teacher_dir, sft_data=sft_file).findings
+    assert (found.code, found.message) == ("A091", "the teacher finds something else in the SFT data")
+
+
+def test_only_the_audited_file_and_the_teacher_itself_can_be_asked(
+    audited: Artifact, teacher_dir: Path, student_dir: Path, sft_file: Path, many_rollouts: Path, sealed: Path
+) -> None:
+    with pytest.raises(InputError, match="is not the SFT data that was audited"):
+        lopd_store.verify(audited.path, teacher=teacher_dir, sft_data=many_rollouts)
+    with pytest.raises(InputError, match="is not the teacher of this artifact"):
+        lopd_store.verify(audited.path, teacher=student_dir, sft_data=sft_file)
+    with pytest.raises(InputError, match="this artifact has no audit of SFT data"):
+        lopd_store.verify(sealed, teacher=teacher_dir, sft_data=sft_file)
+    with pytest.raises(InputError, match="`sft_data` take the `teacher`"):
+        lopd_store.verify(audited.path, sft_data=sft_file)
+
+
 def test_a_copy_of_some_parts_keeps_the_audit_without_deriving_it(audited: Artifact, tmp_path: Path) -> None:
     copy = lopd_store.subset(audited.path, output=tmp_path / "copy", parts=range(1))
     assert inputs_of(copy) == inputs_of(audited) and lopd_store.verify(copy.path).ok
