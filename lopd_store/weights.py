@@ -30,7 +30,7 @@ from lopd_store.errors import ArtifactError, DataError
 
 OnBytes = Callable[[int, int], None]
 _MAX_HEADER_BYTES = 100 << 20
-_BLOCK = 4 << 20  # bytes hashed at a time; a multiple of every item size
+_BLOCK = 256 << 10  # bytes hashed at a time: they stay in the cache; a multiple of every item size
 _SETTLED_SECONDS = 2.0  # a file younger than this may change again within the same time stamp
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
@@ -150,10 +150,14 @@ def _digests(data: memoryview, dtype: str, report: Callable[[int], None]) -> tup
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """The bits of the nearest bfloat16 values, ties to even, as uint16; of every NaN the same one."""
     with np.errstate(over="ignore"):
-        bits = values.astype("<f4").view("<u4")
-    rounded = ((bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16).astype("<u2")
+        bits = values.astype("<f4", copy=False).view("<u4")
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
     rounded[np.isnan(values)] = 0x7FC0
-    return np.asarray(rounded)
+    return rounded.astype("<u2")
 
 
 def _header(data: bytes, file: str) -> dict[str, Any]:
