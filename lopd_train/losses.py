@@ -48,7 +48,7 @@ def sampled_clipped(student: Tensor, old: Tensor, advantages: Tensor, clip: floa
     A token that has moved by the factor 1 + c the way its advantage points gives no gradient any more; at w = 1 the
     gradient is that of `sampled`. Source: PPO, arXiv 1707.06347, equation 7.
     """
-    ratios = (student - old).exp()
+    ratios = _exp(student - old)
     return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
 
 
