@@ -205,6 +205,10 @@ def sample(model: Student, prompts: Sequence[Ids], streams: range, task: Task, *
     sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=task.tokens, samples_per_prompt=1, seed=seed)
     stop_ids = models.stop_token_ids(model.model, model.tokenizer)
     sampler = Sampler(model.model, sampling, stop_ids, identify(task.student).vocab_size)
+    packed = model.model.config._attn_implementation
+    model.model.set_attn_implementation("sdpa")  # packed attention has no cache
+    responses = sampler.sample([*prompts], streams, lambda _: None)
+    model.model.set_attn_implementation(packed)
     return [
         Record(
             row=row,
@@ -213,9 +217,7 @@ def sample(model: Student, prompts: Sequence[Ids], streams: range, task: Task, *
             loss_mask=np.ones(len(response.ids), np.bool_),
             reference_logprobs=response.logprobs,
         )
-        for row, (prompt, response) in enumerate(
-            zip(prompts, sampler.sample([*prompts], streams, lambda _: None), strict=True)
-        )
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
 
 
