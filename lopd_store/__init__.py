@@ -22,6 +22,7 @@ from lopd_store.verifier import Report, verify
 if TYPE_CHECKING:
     from lopd_store.builder import build
     from lopd_store.catalog import search
+    from lopd_store.columns import to_dataset
     from lopd_store.differences import compare
     from lopd_store.download import pull
     from lopd_store.identity import identify
@@ -49,6 +50,7 @@ __all__ = [
     "search",
     "sign",
     "subset",
+    "to_dataset",
     "verify",
 ]
 _LAZY = {
@@ -59,6 +61,7 @@ _LAZY = {
     "pull": "download",
     "push": "upload",
     "search": "catalog",
+    "to_dataset": "columns",
 }
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     ("files", ["signatures", "container", "table", "part", "checks", "rollouts", "prompts", "listing", "card"]),
     ("making", ["teachers", "teachers.transformers", "plan", "scoring", "workers", "sampler", "audit", "differences"]),
     ("records", ["lineage", "declare"]),
-    ("artifacts", ["reader", "rescore", "builder", "verifier", "subset", "download", "upload", "catalog"]),
+    ("artifacts", ["reader", "rescore", "builder", "verifier", "subset", "download", "upload", "catalog", "columns"]),
     ("door", ["__init__"]),
 ]
 ORDER = [module for _, modules in LAYERS for module in modules]
