@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Stands in for the log-prob of something impossible: exp of it is as good as 0, and 0 times it is 0, not NaN.
-_LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
+LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
 
 # At the sampled token; every argument is [positions].
@@ -77,9 +77,9 @@ class Categories:
 
         Its mass is known at temperature 1 alone: elsewhere it depends on how it is spread, which nobody stored.
         """
-        logits = self.logprobs.clamp(min=_LOG_TINY) / temperature
+        logits = self.logprobs.clamp(min=LOG_TINY) / temperature
         nothing = torch.full_like(self.tail, -torch.inf)
-        peaks = nothing.scatter_reduce(0, self.positions, logits.detach(), "amax").clamp(min=_LOG_TINY / temperature)
+        peaks = nothing.scatter_reduce(0, self.positions, logits.detach(), "amax").clamp(min=LOG_TINY / temperature)
         sums = torch.zeros_like(nothing).index_add(0, self.positions, (logits - peaks[self.positions]).exp())
         tempered = Categories(logprobs=logits, tail=nothing, positions=self.positions)
         return tempered._minus(sums.clamp(min=torch.finfo(sums.dtype).tiny).log() + peaks)
@@ -89,7 +89,7 @@ class Categories:
         return Categories(logprobs=entries, tail=self.tail - log_total, positions=self.positions)
 
     def _finite(self) -> Categories:
-        logprobs, tail = self.logprobs.clamp(min=_LOG_TINY), self.tail.clamp(min=_LOG_TINY)
+        logprobs, tail = self.logprobs.clamp(min=LOG_TINY), self.tail.clamp(min=LOG_TINY)
         return Categories(logprobs=logprobs, tail=tail, positions=self.positions)
 
 
@@ -169,4 +169,4 @@ def drift(student: Tensor, reference: Tensor) -> Tensor:  # [positions]
 
 
 def _exp(log_ratios: Tensor) -> Tensor:
-    return log_ratios.clamp(max=-_LOG_TINY / 4).exp()  # 3e9: its square is finite, and so are sums of them
+    return log_ratios.clamp(max=-LOG_TINY / 4).exp()  # 3e9: its square is finite, and so are sums of them

@@ -38,10 +38,11 @@ def measure(
     sums = {"entropy": predicted.entropy.sum()}
     ratios = None
     if reference is not None:
+        reference = reference.clamp(min=losses.LOG_TINY)  # a metric stays a number where a token was impossible
         ratios = losses.token_ratios(student, reference)
         sums["drift"] = losses.drift(student, reference).sum()
     if teacher is not None:
-        gaps = losses.advantages(student, teacher)
+        gaps = losses.advantages(student, teacher.clamp(min=losses.LOG_TINY))
         sums["advantage"] = gaps.sum()
         sums["reverse_kl"] = -(gaps if ratios is None else ratios * gaps).sum()
     if predicted.topk is not None and piece.topk is not None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def test_a_student_that_is_the_teacher_is_covered_and_far_from_the_rollouts_of_a
     assert 0 <= metrics["reverse_kl"] < 1e-3
     assert metrics["coverage"] > 0.98  # what the artifact was built to cover
     assert (measures.gauge(metrics) or "").startswith("far from its rollouts: new ones are worth their price")
+
+
+def test_a_token_that_a_model_rules_out_leaves_every_metric_a_number(reference: Path, artifact: Path) -> None:
+    loaded = student.load(reference, TrainConfig(device="cpu"))
+    batch = collate(records_of(artifact)[:2], "cpu")
+    impossible = torch.full((len(batch.targets),), -torch.inf)
+    with torch.inference_mode():
+        batch = replace(batch, sampled_logprobs=impossible, reference_logprobs=impossible)
+        sums = loaded.sums(loaded.states(batch), batch, measures.measure)
+    metrics = measures.finish({name: float(value) for name, value in sums.items()})
+    assert all(map(math.isfinite, metrics.values()))
+    assert (measures.gauge(metrics) or "").startswith("far")
 
 
 @pytest.mark.parametrize(
