@@ -21,6 +21,7 @@ def test_the_benchmark_of_the_format_fills_its_tables(tmp_path: Path) -> None:
     assert not results.exists()  # made-up data is no result
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("program", "measured"),
     [
