@@ -18,6 +18,7 @@ from lopd_train.config import help_of
 from lopd_train.world import from_environment
 
 from . import console, settings
+from .track import Tracker, tracking
 
 app = typer.Typer(
     help="Training on teacher log-probs: SFT first, then offline on-policy distillation.",
@@ -35,6 +36,7 @@ _WATCHED = ("loss", "reverse_kl", "advantage", "entropy", "coverage", "grad_norm
 ConfigOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="TOML with any of the settings below, as in configs/.")
 ]
+Track = Annotated[Tracker | None, typer.Option(help="Where the metrics go beside metrics.jsonl.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
@@ -89,11 +91,14 @@ def sft(
     data: Annotated[Path, typer.Option(metavar="FILE", help="SFT data, as `lopd-store generate` writes it.")],
     output: OutputOption,
     config: TrainConfig,
+    track: Track = None,
     json: Json = False,
 ) -> None:
     """Train a model on the responses of a teacher, and record which teacher it was."""
-    with _shown("sft") as on_progress:
-        result = lopd_train.train_sft(model=model, data=data, output=output, config=config, on_progress=on_progress)
+    with _shown("sft") as on_progress, tracking(track, output, config) as on_metrics:
+        result = lopd_train.train_sft(
+            model=model, data=data, output=output, config=config, on_progress=on_progress, on_metrics=on_metrics
+        )
     _answer(result, json)
 
 
@@ -112,11 +117,12 @@ def opd(
     allow_inconsistent_teacher: Annotated[
         bool, typer.Option(f"--{gate.ALLOW_INCONSISTENT}", help="Train though the gradient is biased.")
     ] = False,
+    track: Track = None,
     json: Json = False,
 ) -> None:
     """Train a student on a teacher's stored log-probs; refuses unless the teacher is the one of its SFT."""
     allowed = {gate.ALLOW_UNKNOWN: allow_unknown_sft_teacher, gate.ALLOW_INCONSISTENT: allow_inconsistent_teacher}
-    with _shown("opd") as on_progress:
+    with _shown("opd") as on_progress, tracking(track, output, config) as on_metrics:
         result = lopd_train.train_opd(
             artifact=artifact,
             student=student,
@@ -124,6 +130,7 @@ def opd(
             config=config,
             overrides=[name for name, allow in allowed.items() if allow],
             on_progress=on_progress,
+            on_metrics=on_metrics,
         )
     _answer(result, json)
 

@@ -61,7 +61,7 @@ _CHECKPOINTS = "checkpoints"
 _PLACE_FILE = "place.json"  # in a state: where in its steps and data the run is
 # What may differ between a run and its resumption: where things lie, and the settings that say so.
 _NOT_COMPARED = {"inputs.model.path", "inputs.model.identity.name", "inputs.data.path"}
-_TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True)
+_TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)
 _NOT_COMPARED |= {f"config.{name}" for name in FREE_TO_CHANGE}
 
 
