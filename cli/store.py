@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import lopd_store
+from lopd_store import sources
 from lopd_store.errors import InputError
 
 from . import console, facts, record, share, sign
@@ -209,7 +210,7 @@ def build(
 @app.command()
 def verify(
     artifact: ArtifactArgument,
-    quick: Annotated[bool, typer.Option("--quick", help="Sizes and xxh3 only.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes and xxh3 only; of a URL what is listed there.")] = False,
     student: Annotated[str | None, typer.Option(metavar="MODEL", help="Also ask the gate about this student.")] = None,
     signed_by: SignedByOption = None,
     rescore: Annotated[int, typer.Option(metavar="N", min=0, help="Also score this many random rollouts again.")] = 0,
@@ -246,7 +247,8 @@ def verify(
     if json:
         console.answer(report.to_json())
     elif report.ok:
-        depth = ("sizes and xxh3 only, " if quick else "") + ("a partial copy, " if report.partial else "")
+        looked = "as it is listed there, no part read, " if sources.is_url(artifact) else "sizes and xxh3 only, "
+        depth = (looked if quick else "") + ("a partial copy, " if report.partial else "")
         depth += "" if signed_by is None else f"signed by {signed_by}, "
         if report.rescored is not None:
             depth += f"{len(report.rescored.rollouts)} rollouts scored again, "

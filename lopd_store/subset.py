@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from lopd_store import layout, reader, strictjson
+from lopd_store import layout, reader, sources, strictjson
 from lopd_store.durable import sync_directory, write_durably
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.verifier import OnBytes, verify
@@ -34,6 +34,8 @@ def subset(
     `only="sampled"` leaves out top-k and tables, `parts` all other parts. Manifest and fingerprint stay the artifact's.
     Files are linked where the file system can, which takes no room.
     """
+    if sources.is_url(path):
+        raise InputError(f"`{path}` is not on this machine", hint="`lopd-store pull` takes `--only` and `--parts`, too")
     artifact, output = reader.open(path), Path(output)
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")

@@ -27,7 +27,7 @@ from lopd_store.verifier import OnBytes, verify
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-_GROUP_BYTES, _GROUP_FILES = 64 << 20, 64  # sent before progress is told again
+_GROUP_BYTES, _GROUP_FILES = 256 << 20, 256  # sent before progress is told again
 _FILES_PER_COMMIT = 1000
 _MAX_CARD_BYTES = 1 << 20
 

@@ -139,4 +139,4 @@ def _is_running(group: int) -> bool:
 def _without_progress(stderr: str) -> str:
     """What was said but for progress, whose lines appear only where the machine is slow."""
     lines = stderr.splitlines(keepends=True)
-    return "".join(line for line in lines if not re.match(r"(generate|build|verify|sft|opd): [0-9]", line))
+    return "".join(line for line in lines if not re.match(r"(generate|build|verify|push|pull|sft|opd): [0-9]", line))

@@ -208,6 +208,11 @@ def test_a_url_that_leads_nowhere_says_so(hub: HubServer, place: str, text: str)
     assert ran.code in (1, 2) and text in ran.stderr and ran.stdout == ""
 
 
+def test_a_part_of_a_url_is_pulled_and_not_copied(hub: HubServer, url: str, tmp_path: Path) -> None:
+    ran = run_command("lopd-store", "subset", url, "--only", "sampled", "--output", tmp_path / "copy")
+    assert ran.code == 2 and "lopd-store pull" in ran.stderr and not (tmp_path / "copy").exists()
+
+
 def test_training_reads_from_the_hub(
     hub: HubServer, teacher_dir: Path, student_dir: Path, url: str, tmp_path: Path
 ) -> None:

@@ -49,3 +49,19 @@ def test_the_benchmark_of_the_identity_fills_its_table(tmp_path: Path) -> None:
     for measured in ("digest, BF16, 1 core", "digest beside bare sha256, F32", "the second time"):
         assert measured in ran.stdout
     assert not results.exists()
+
+
+@pytest.mark.system
+def test_the_benchmark_of_the_hub_fills_its_table(tmp_path: Path) -> None:
+    results = tmp_path / "RESULTS.md"
+    command = [sys.executable, str(BENCHMARKS / "hub.py"), "--small", "--results", str(results)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for measured in (
+        "push beside the bare client",
+        "pull, its transfer alone",
+        "requests of a push",
+        "bytes to inspect",
+    ):
+        assert measured in ran.stdout
+    assert not results.exists()
