@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper
 from typing import Any, NoReturn
 
@@ -103,6 +103,13 @@ def chain(links: Sequence[Sequence[str]]) -> None:
     Console(file=sys.stdout, width=_ANY_WIDTH, highlight=False).print(root)
 
 
+@contextmanager
+def libraries_on_stderr() -> Iterator[None]:
+    """What libraries print in here is no answer of ours."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
 class Meter:
     """Progress of one piece of work; `update` it with how much is done."""
 
@@ -110,12 +117,22 @@ class Meter:
         self._description, self._unit, self._bar = description, unit, bar
         self._task = None if bar is None else bar.add_task(description, total=None, words="…")
         self._first: tuple[float, float] | None = None  # when the first update came, and how much was done by then
+        self._also: tuple[float, str] | None = None  # likewise, of something else that is counted
         self._last_line = time.monotonic()
 
-    def update(self, done: float, total: float | None = None, text: str = "") -> None:
-        """Say how much is done, of how much, with a few words more where there are any."""
+    def update(
+        self, done: float, total: float | None = None, text: str = "", also: tuple[float, str] | None = None
+    ) -> None:
+        """Say how much is done, of how much, with a few words more where there are any.
+
+        `also` is how much is done in another unit, whose rate is shown too.
+        """
         now = time.monotonic()
         self._first = self._first or (now, done)
+        self._also = self._also or also
+        if also is not None and self._also is not None and now > self._first[0]:
+            rate = (also[0] - self._also[0]) / (now - self._first[0])
+            text = ", ".join([f"{_amount(rate, also[1])}/s", *([text] if text else [])])
         if self._bar is not None and self._task is not None:
             self._bar.start()
             self._bar.update(self._task, completed=done, total=total, words=escape(self._words(now, done, total, text)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lopd_store import gate, layout
+from lopd_store.building import SKIPPED
 from lopd_store.errors import ConsistencyError, InputError
 from lopd_store.license import License
 from lopd_store.reader import Artifact
@@ -39,6 +40,7 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
         "fingerprint": artifact.fingerprint,
         "version": manifest.version,
         "counts": counts.to_json(),
+        "skipped_rollouts": artifact.manifest.annotations.get(SKIPPED, 0),
         "parts": len(manifest.parts),
         "view": {"kinds": list(artifact.view.kinds), "parts": [artifact.view.parts.start, artifact.view.parts.stop]},
         "text": manifest.text,
@@ -66,7 +68,7 @@ def _say_facts(facts: dict[str, Any]) -> None:
             ("artifact", facts["path"]),
             ("fingerprint", facts["fingerprint"]),
             ("format", f"lopd {facts['version']}, {facts['encoding']['profile']}"),
-            ("rollouts", f"{counts['rollouts']:,}"),
+            ("rollouts", f"{counts['rollouts']:,}{_skipped(facts['skipped_rollouts'])}"),
             ("positions", f"{counts['positions']:,} of {counts['tokens']:,} tokens"),
             ("parts", _parts(facts)),
             ("top-k", f"mean k {facts['mean_k']}; {_selection(selection)}"),
@@ -93,6 +95,11 @@ def _audit(facts: dict[str, Any] | None) -> str:
 def _selection(selection: dict[str, Any]) -> str:
     whose = "" if selection["rule"] == "teacher" else " of each model"
     return f"at most {selection['k_max']}{whose}, coverage {selection['coverage']:g}"
+
+
+def _skipped(count: Any) -> str:
+    """What the annotations say was left out; they are free-form, so it may be anything."""
+    return f"; {count} of the file could not be scored" if count else ""
 
 
 def _parts(facts: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
-"""`lopd-store`: the commands, but for `record`, for those of sign.py and for those of share.py."""
+"""`lopd-store`: the commands, but for `record`, and for those of sign.py, share.py and scale.py."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,9 @@ import typer
 import lopd_store
 from lopd_store import sources
 from lopd_store.errors import InputError
+from lopd_store.remote import is_remote
 
-from . import console, facts, record, share, sign
+from . import console, facts, record, scale, share, sign
 from .lineage import show as show_lineage
 from .share import OnlyOption, PartsOption, SignedByOption, parse_parts
 
@@ -26,6 +28,7 @@ app = typer.Typer(
 app.add_typer(record.app, name="record")
 app.add_typer(sign.app)
 app.add_typer(share.app)
+app.add_typer(scale.app)
 
 
 class Dtype(StrEnum):
@@ -34,6 +37,13 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class OnBadRollout(StrEnum):
+    """What to do with a rollout that cannot be scored."""
+
+    fail = "fail"
+    skip = "skip"
 
 
 class Engine(StrEnum):
@@ -124,7 +134,7 @@ def generate(
 def build(
     teacher: ModelOption,
     rollouts: Annotated[Path, typer.Option(metavar="FILE", help="Rollouts of the reference policy, NAME.parquet.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The artifact to make.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="The artifact to make, or s3://bucket/name.")],
     sft: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="SFT data, checkpoint or record, where the rollouts carry none."),
@@ -137,7 +147,7 @@ def build(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The policy that sampled the rollouts: keep its top-k too, and audit them under it.",
+            help="The policy that sampled the rollouts: audit them, keep its top-k.",
             rich_help_panel=STORED,
         ),
     ] = None,
@@ -175,14 +185,29 @@ def build(
         int | None,
         typer.Option(metavar="N", min=1, help="Positions per part; by default up to 2^20.", rich_help_panel=RUNNING),
     ] = None,
+    on_bad_rollout: Annotated[
+        OnBadRollout,
+        typer.Option(metavar="fail|skip", help="A bad rollout: stop, or leave it out.", rich_help_panel=STORED),
+    ] = OnBadRollout.fail,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Score every N-th part only, for `merge`.", rich_help_panel=RUNNING),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="A Ray cluster; `local` starts one.", rich_help_panel=RUNNING),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Score rollouts with the teacher and seal them as an artifact."""
     with (
+        console.libraries_on_stderr(),
         console.progress("audit", "positions", at_once=False) as audited,
         console.progress("build", "positions", at_once=False) as meter,
     ):
-        artifact = lopd_store.build(
+        whole = lopd_store.publish if is_remote(output) else lopd_store.build
+        run = partial(whole) if part is None else partial(lopd_store.build_share, part)
+        built = run(
             teacher=teacher,
             rollouts=rollouts,
             output=output,
@@ -201,10 +226,13 @@ def build(
             threads=threads,
             batch_tokens=batch_tokens,
             part_positions=part_positions,
-            on_progress=meter.update,
+            ray=ray,
+            on_bad_rollout=on_bad_rollout.value,
+            on_progress=partial(scale.show_progress, meter),
             on_audited=audited.update,
+            on_note=console.note,
         )
-    facts.answer(artifact, json)
+    scale.answer(built, json)
 
 
 @app.command()

@@ -20,11 +20,12 @@ from lopd_store.subset import subset
 from lopd_store.verifier import Report, verify
 
 if TYPE_CHECKING:
-    from lopd_store.builder import build
+    from lopd_store.builder import build, build_share, merge, merge_remote, publish
     from lopd_store.catalog import search
     from lopd_store.columns import to_dataset
     from lopd_store.differences import compare
     from lopd_store.download import pull
+    from lopd_store.forecast import estimate
     from lopd_store.identity import identify
     from lopd_store.sampler import generate
     from lopd_store.upload import push
@@ -41,10 +42,15 @@ __all__ = [
     "UnavailableError",
     "audit",
     "build",
+    "build_share",
     "compare",
+    "estimate",
     "generate",
     "identify",
+    "merge",
+    "merge_remote",
     "open",
+    "publish",
     "pull",
     "push",
     "search",
@@ -55,9 +61,14 @@ __all__ = [
 ]
 _LAZY = {
     "build": "builder",
+    "build_share": "builder",
     "compare": "differences",
+    "estimate": "forecast",
     "generate": "sampler",
     "identify": "identity",
+    "merge": "builder",
+    "merge_remote": "builder",
+    "publish": "builder",
     "pull": "download",
     "push": "upload",
     "search": "catalog",

@@ -5,34 +5,98 @@
 Until it is sealed the build lives in `artifact.building`, where plan.json says what is to be made and `done/` which
 parts are. Killed at any moment, the same call goes on with the next part. Part boundaries and batches follow from the
 rollouts alone, and every worker uses the same number of threads, so any number of workers makes the same bytes.
+
+    build_share("2/4", teacher="teacher", rollouts="rollouts.parquet", output="artifact")    # on each of four nodes
+    merge(output="artifact")
 """
 
 from __future__ import annotations
 
-import platform
-import shutil
-import time
-from contextlib import suppress
-from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from lopd_store import building as in_progress
 from lopd_store import layout, reader, strictjson
 from lopd_store.audit import audit_sft
-from lopd_store.card import render_card
-from lopd_store.digest import digest_bytes, digest_json
-from lopd_store.durable import sync_directory, write_durably
-from lopd_store.encoding import Rule, make_encoding
-from lopd_store.errors import InputError, LopdError
-from lopd_store.manifest import Counts, Manifest, Scoring, render
+from lopd_store.building import Share
+from lopd_store.digest import digest_bytes, digest_contents
+from lopd_store.durable import write_durably
+from lopd_store.encoding import Encoding, Rule, make_encoding
+from lopd_store.errors import DataError, InputError
+from lopd_store.handout import OnNote, OnProgress, torch_threads
+from lopd_store.manifest import Counts, Scoring, parse
 from lopd_store.plan import Plan, make_plan
-from lopd_store.scoring import DONE, read_note
-from lopd_store.statistic import SftAudit, add_up
-from lopd_store.workers import OnProgress, count_workers, score_parts, torch_threads
+from lopd_store.remote import Remote, is_remote
+from lopd_store.scoring import is_done, note_path
+from lopd_store.survey import OnBad
+from lopd_store.workers import count_workers, score_parts
 
-_PLAN = "plan.json"
-_SFT_AUDIT = "sft-audit.json"
+OnAudited = Callable[[int, int], None]  # positions of SFT data, positions in all
+_NAMED_BAD_ROLLOUTS = 10  # on stderr; build.json has them all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `build` takes, but for where the artifact goes and who listens."""
+
+    teacher: str | Path
+    rollouts: str | Path
+    sft: str | Path | None = None
+    sft_data: str | Path | None = None
+    reference: str | Path | None = None
+    exact: bool = False
+    k_min: int = 1
+    k_max: int = 64
+    coverage: float = 0.99
+    text: bool = True
+    on_bad_rollout: OnBad = "fail"
+    engine: str = "transformers"
+    dtype: str = "float32"
+    device: str | None = None
+    workers: int | None = 1
+    threads: int = 1
+    batch_tokens: int = 4096
+    part_positions: int | None = None
+    ray: str | None = None
+
+    def plan(self) -> Plan:
+        """Read the inputs and settle what is to be made."""
+        return make_plan(
+            teacher=str(self.teacher),
+            rollouts=Path(self.rollouts),
+            sft=None if self.sft is None else Path(self.sft),
+            sft_data=None if self.sft_data is None else Path(self.sft_data),
+            encoding=self.encoding(),
+            scoring=Scoring(engine=self.engine, dtype=self.dtype),
+            reference=None if self.reference is None else str(self.reference),
+            text=self.text,
+            device=self.device,
+            threads=self.threads,
+            batch_tokens=self.batch_tokens,
+            part_positions=self.part_positions,
+            on_bad_rollout=self.on_bad_rollout,
+        )
+
+    def encoding(self) -> Encoding:
+        """What is stored of each distribution."""
+        rule: Rule = "teacher" if self.reference is None else "teacher+reference"
+        return make_encoding(exact=self.exact, rule=rule, k_min=self.k_min, k_max=self.k_max, coverage=self.coverage)
+
+    def command(self, output: str) -> list[str]:
+        """The arguments of `lopd-store build` that mean the same."""
+        words = ["--output", output]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name == "text":
+                words += [] if value else ["--no-text"]
+            elif isinstance(value, bool):
+                words += [f"--{item.name}"] if value else []
+            elif value is not None and (value != item.default or item.name == "workers"):  # unsaid, it means all
+                words += [f"--{item.name.replace('_', '-')}", str(value)]
+        return words
 
 
 def build(
@@ -48,6 +112,7 @@ def build(
     k_max: int = 64,
     coverage: float = 0.99,
     text: bool = True,
+    on_bad_rollout: OnBad = "fail",
     engine: str = "transformers",
     dtype: str = "float32",
     device: str | None = None,
@@ -55,8 +120,10 @@ def build(
     threads: int = 1,
     batch_tokens: int = 4096,
     part_positions: int | None = None,
+    ray: str | None = None,
     on_progress: OnProgress | None = None,
-    on_audited: OnProgress | None = None,
+    on_audited: OnAudited | None = None,
+    on_note: OnNote | None = None,
 ) -> reader.Artifact:
     """Score rollouts with the teacher and seal the result as an artifact, which is returned opened.
 
@@ -64,126 +131,229 @@ def build(
     data: given it, some of it is audited under the teacher (`on_audited` hears how far), and `sft` may be left out.
     `reference` is the policy that sampled the rollouts: given it, its own most likely ids are stored too, with the
     log-probs of both models, and the rollouts are audited under it.
-    Without `text` the artifact has token ids and log-probs only. `workers` is the number of processes, None for one
-    per processor (a script that asks for several needs `if __name__ == "__main__":`); `threads` is the number of
-    CPU threads of each, which unlike `workers` can change the last bits of a log-prob.
+    Without `text` the artifact has token ids and log-probs only. A rollout that cannot be scored is an error, or with
+    `on_bad_rollout="skip"` left out, which the manifest and build.json say. `workers` is the number of processes, None
+    for one per processor (a script that asks for several needs `if __name__ == "__main__":`); `threads` is the number
+    of CPU threads of each, which unlike `workers` can change the last bits of a log-prob. `ray` is the address of a
+    Ray cluster, or `local`, whose actors are the workers. The first Ctrl-C stops after the parts in hand, the second
+    at once; `on_note` hears lines for people.
     """
-    output = Path(output)
-    if output.exists():
-        raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
-    rule: Rule = "teacher" if reference is None else "teacher+reference"
-    encoding = make_encoding(exact=exact, rule=rule, k_min=k_min, k_max=k_max, coverage=coverage)
-    plan = make_plan(
-        teacher=str(teacher),
-        rollouts=Path(rollouts),
-        sft=None if sft is None else Path(sft),
-        sft_data=None if sft_data is None else Path(sft_data),
-        encoding=encoding,
-        scoring=Scoring(engine=engine, dtype=dtype),
-        reference=None if reference is None else str(reference),
+    settings = Settings(
+        teacher=teacher,
+        rollouts=rollouts,
+        sft=sft,
+        sft_data=sft_data,
+        reference=reference,
+        exact=exact,
+        k_min=k_min,
+        k_max=k_max,
+        coverage=coverage,
         text=text,
+        on_bad_rollout=on_bad_rollout,
+        engine=engine,
+        dtype=dtype,
         device=device,
+        workers=workers,
         threads=threads,
         batch_tokens=batch_tokens,
         part_positions=part_positions,
+        ray=ray,
     )
-    building = layout.building_directory(output)
-    _start_or_resume(building, plan)
-    started = time.monotonic()
-    count = count_workers(workers, plan)
-    try:
-        sft_audit = _audit_sft(plan, building, on_audited)
-        score_parts(plan, building, count, on_progress)
-    except LopdError:
-        _discard_if_nothing_is_done(building)
-        raise
-    _seal(plan, building, output, sft_audit, seconds=time.monotonic() - started, workers=count)
+    if is_remote(output):
+        raise InputError(f"`{output}` is no directory", hint="`lopd_store.publish` makes an artifact there")
+    with _scored(settings, output, None, on_progress, on_audited, on_note) as (plan, building, used):
+        in_progress.write_seal(plan, building, workers=used)
+        in_progress.rename_into_place(building, Path(output))
     return reader.open(output)
 
 
-def _start_or_resume(building: Path, plan: Plan) -> None:
-    """Make the directory of the build in progress, or check that the one there follows the same plan."""
-    path, wanted = building / _PLAN, plan.to_json()
-    (building / layout.PARTS).mkdir(parents=True, exist_ok=True)
-    (building / DONE).mkdir(exist_ok=True)
-    if path.is_file():
-        found = strictjson.loads(path.read_bytes(), where=str(path))
-        changed = [name for name in wanted if found.get(name) != wanted[name]]
-        if not changed:
-            return
-        if any((building / DONE).iterdir()):
-            raise InputError(
-                f"`{building}` was begun with another plan",
-                expected="the same " + ", ".join(f"`{name}`" for name in changed),
-                actual="they changed since",
-                hint=f"go on with the old settings, or remove `{building}` to begin anew",
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """An artifact in object storage."""
+
+    address: str
+    fingerprint: str
+    counts: Counts
+
+
+def publish(
+    *,
+    output: str,
+    on_progress: OnProgress | None = None,
+    on_audited: OnAudited | None = None,
+    on_note: OnNote | None = None,
+    **options: Any,
+) -> Published:
+    """Like `build` with the same options, into object storage: `output` is an address such as `s3://bucket/name`.
+
+    Every part is sent when it is done and removed here, and the manifest is sent last. The same call goes on on any
+    machine.
+    """
+    with _scored(Settings(**options), output, None, on_progress, on_audited, on_note) as (plan, building, used):
+        return _publish(Remote(output), plan, building, used)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredShare:
+    """What one job of several has done."""
+
+    building: Path
+    parts: tuple[int, ...]  # the numbers of its parts
+    missing: tuple[int, ...]  # parts of other shares that are not here yet
+
+
+def build_share(
+    share: str,
+    *,
+    output: str | Path,
+    on_progress: OnProgress | None = None,
+    on_audited: OnAudited | None = None,
+    on_note: OnNote | None = None,
+    **options: Any,
+) -> ScoredShare:
+    """Score every N-th part of an artifact, given `I/N`, and leave the parts for `merge`.
+
+    `options` are those of `build`. The jobs may work in one directory that they share, or each in its own.
+    """
+    mine = Share.parse(share)
+    with _scored(Settings(**options), output, mine, on_progress, on_audited, on_note) as (plan, building, _):
+        return ScoredShare(
+            building=building,
+            parts=tuple(mine.parts(len(plan.parts))),
+            missing=tuple(in_progress.missing_parts(building, plan)),
+        )
+
+
+def merge_remote(output: str) -> Published:
+    """Seal the parts that several jobs have sent to the same address."""
+    remote = Remote(output)
+    with in_progress.locked(remote.building), in_progress.what_is_done_stays(remote.building, None):
+        remote.require_free()
+        remote.fetch()
+        plan = in_progress.read_plan(remote.building)
+        in_progress.require_whole(remote.building, plan)
+        return _publish(remote, plan, remote.building, None)
+
+
+def merge(*sources: str | Path, output: str | Path) -> reader.Artifact:
+    """Seal the parts that several jobs have scored: those in `output.building`, and those of other such directories.
+
+    Every file is compared with the digests that were noted when it was written. Raises DataError, with the commands
+    to type, where parts are missing.
+    """
+    output = Path(output)
+    building = layout.building_directory(output)
+    directories = [building, *map(Path, sources)] if building.exists() or not sources else [*map(Path, sources)]
+    plan = in_progress.read_plan(directories[0])
+    for directory in directories[1:]:
+        in_progress.require_same(plan.to_json(), in_progress.read_plan(directory).to_json(), str(directory))
+    with in_progress.locked(building), in_progress.what_is_done_stays(building, None):
+        _require_free(output)
+        for directory in directories:
+            in_progress.copy_tools(directory, building)
+        for number in range(len(plan.parts)):
+            source = next((place for place in directories if is_done(place, number)), None)
+            if source is not None:
+                _take(number, plan, source, building)
+        in_progress.require_whole(building, plan)
+        in_progress.write_seal(plan, building, workers=None)
+        in_progress.rename_into_place(building, output)
+    return reader.open(output)
+
+
+@contextmanager
+def _scored(
+    settings: Settings,
+    output: str | Path,
+    share: Share | None,
+    on_progress: OnProgress | None,
+    on_audited: OnAudited | None,
+    on_note: OnNote | None,
+) -> Iterator[tuple[Plan, Path, int | None]]:
+    """The build in progress with all parts scored, or those of the share, and how many workers were used; locked."""
+    remote = Remote(str(output)) if is_remote(output) else None
+    _require_free(output, remote)
+    plan = settings.plan()
+    if on_note is not None:
+        _note_bad_rollouts(plan, on_note)
+    building = layout.building_directory(Path(output)) if remote is None else remote.building
+    numbers = range(len(plan.parts)) if share is None else share.parts(len(plan.parts))
+    workers = settings.workers if settings.ray else count_workers(settings.workers, plan, len(numbers))
+    with in_progress.locked(building, share), in_progress.what_is_done_stays(building, share):
+        _require_free(output, remote)  # another build may have sealed it while this one was planned
+        in_progress.begin(building, plan, settings.command(str(output)))
+        if remote is not None:
+            remote.begin(plan, settings.command(str(output)))
+        if share is None or share.index == 1:
+            _audit_sft(plan, building, on_audited)
+        if remote is not None:
+            remote.send_what_is_missing(numbers)
+        score_parts(
+            plan,
+            building,
+            numbers,
+            workers=workers,
+            ray=settings.ray,
+            on_bad=settings.on_bad_rollout,
+            on_progress=on_progress,
+            on_note=on_note,
+            on_part=None if remote is None else remote.send,
+        )
+        yield plan, building, workers
+
+
+def _audit_sft(plan: Plan, building: Path, on_audited: OnAudited | None) -> None:
+    """Leave beside the plan what the audit of the SFT data finds, where there is such data and no audit yet."""
+    path = building / in_progress.SFT_AUDIT
+    if plan.sft_data_path is None or path.is_file():
+        return
+    with torch_threads(plan.threads):
+        found = audit_sft(
+            teacher=plan.teacher_path,
+            data=plan.sft_data_path,
+            dtype=plan.inputs.scoring.dtype,
+            device=plan.device,
+            batch_tokens=plan.batch_tokens,
+            on_progress=on_audited,
+        )
+    write_durably(path, strictjson.pretty(found.to_json()))
+
+
+def _publish(remote: Remote, plan: Plan, building: Path, workers: int | None) -> Published:
+    data = in_progress.write_seal(plan, building, workers=workers)
+    remote.seal(plan, data)
+    return Published(address=remote.address, fingerprint=digest_bytes(data), counts=parse(data).counts)
+
+
+def _take(number: int, plan: Plan, source: Path, building: Path) -> None:
+    """Check the files of a part that is done, and copy them where they lie elsewhere."""
+    note = in_progress.checked_note(source, number, plan)
+    for kind, digests in note.files.items():
+        path = source / layout.part_file(number, kind)
+        data = path.read_bytes() if path.is_file() else b""
+        if digest_contents(data) != digests:
+            raise DataError(
+                f"`{path}` is not what was written",
+                expected=f"{digests.sha256}  ({digests.size} bytes)",
+                actual=f"{digest_contents(data).sha256}  ({len(data)} bytes)" if data else "nothing",
+                hint=f"copy it again, or remove `{note_path(source, number)}` and score the part again",
             )
-    (building / _SFT_AUDIT).unlink(missing_ok=True)
-    write_durably(path, strictjson.pretty(wanted))
+        if source != building:
+            write_durably(building / layout.part_file(number, kind), data)
+    if source != building:
+        write_durably(note_path(building, number), note_path(source, number).read_bytes())
 
 
-def _audit_sft(plan: Plan, building: Path, on_audited: OnProgress | None) -> SftAudit | None:
-    """What the audit of the SFT data found, now or before an interruption; None where there is none to audit."""
-    if plan.sft_data_path is None:
-        return None
-    path = building / _SFT_AUDIT
-    if not path.is_file():
-        with torch_threads(plan.threads):
-            found = audit_sft(
-                teacher=plan.teacher_path,
-                data=plan.sft_data_path,
-                dtype=plan.inputs.scoring.dtype,
-                device=plan.device,
-                batch_tokens=plan.batch_tokens,
-                on_progress=on_audited,
-            )
-        write_durably(path, strictjson.pretty(found.to_json()))
-    return SftAudit.from_json(strictjson.loads(path.read_bytes(), where=str(path)), where=str(path))
+def _require_free(output: str | Path, remote: Remote | None = None) -> None:
+    if remote is not None:
+        remote.require_free()
+    elif Path(output).exists():
+        raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
 
 
-def _discard_if_nothing_is_done(building: Path) -> None:
-    """Leave nothing behind when the inputs turn out to be wrong at the first part."""
-    if not any((building / DONE).iterdir()):
-        for name in (_PLAN, _SFT_AUDIT):
-            (building / name).unlink(missing_ok=True)
-        shutil.rmtree(building / DONE)
-        shutil.rmtree(building / layout.PARTS)
-        with suppress(OSError):  # not empty: somebody else's files
-            building.rmdir()
-
-
-def _seal(
-    plan: Plan, building: Path, output: Path, sft_audit: SftAudit | None, *, seconds: float, workers: int
-) -> None:
-    entries, audits = zip(*(read_note(building, number) for number in range(len(plan.parts))), strict=True)
-    audited = [audit for audit in audits if audit is not None]
-    total = {name: sum(getattr(entry.counts, name) for entry in entries) for name in entries[0].counts.to_json()}
-    manifest = Manifest(
-        counts=Counts(**total),
-        encoding=plan.encoding,
-        inputs=replace(plan.inputs, sft_audit=sft_audit, rollouts_audit=add_up(audited) if audited else None),
-        parts=entries,
-        reference_logprobs=plan.reference_logprobs,
-        text=plan.text,
-    )
-    data = render(manifest)
-    happened = {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-        "positions_per_second": round(manifest.counts.positions / max(seconds, 1e-9), 1),
-        "workers": workers,
-        "threads": plan.threads,
-        "device": plan.device,
-        "plan": digest_json(plan.to_json()),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("lopd", "torch", "transformers", "zarr", "numcodecs", "pyarrow")},
-    }
-    write_durably(building / layout.BUILD_RECORD, strictjson.pretty(happened))
-    write_durably(building / layout.CARD, render_card(manifest, digest_bytes(data)).encode())
-    write_durably(building / layout.MANIFEST, data)
-    building.rename(output)
-    sync_directory(output.parent)
-    # What a resumed build needs goes last: killed before this, the same call finds every part done and seals again.
-    for name in (_PLAN, _SFT_AUDIT):
-        (output / name).unlink(missing_ok=True)
-    shutil.rmtree(output / DONE)
+def _note_bad_rollouts(plan: Plan, on_note: OnNote) -> None:
+    if not plan.skipped:
+        return
+    for bad in plan.skipped[:_NAMED_BAD_ROLLOUTS]:
+        on_note(f"skipped: {bad}")
+    on_note(f"{len(plan.skipped):,} rollouts cannot be scored and are skipped; build.json will list them")

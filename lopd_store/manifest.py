@@ -34,7 +34,7 @@ _COUNT_LIMIT = 1 << 53
 _MEMBERS = {
     *("format", "version", SEAL, "counts", "encoding", "reference_logprobs", "text", "inputs", "parts", "annotations"),
 }
-_INPUTS_MEMBERS = {
+INPUTS_MEMBERS = {
     *("teacher", "license", "scoring", "sft", "sft_audit", "rollouts_file", "rollouts", "rollouts_audit"),
 }
 _FILE_MEMBERS = ("path", "size", "sha256", "xxh3_128")
@@ -191,7 +191,7 @@ def _parse(value: dict[str, Any], where: str, newer: bool) -> Manifest:
     with _coded("A017"):
         encoding = Encoding.from_json(value["encoding"], where=f"{where}: encoding", open_ended=newer)
     with _coded("A018"):
-        inputs = _inputs(value["inputs"], f"{where}: inputs", newer)
+        inputs = read_inputs(value["inputs"], f"{where}: inputs", newer)
     return Manifest(
         counts=counts,
         encoding=encoding,
@@ -204,8 +204,9 @@ def _parse(value: dict[str, Any], where: str, newer: bool) -> Manifest:
     )
 
 
-def _inputs(value: Any, where: str, newer: bool) -> Inputs:
-    value = strictjson.members(value, _INPUTS_MEMBERS, where=where, open_ended=newer)
+def read_inputs(value: Any, where: str, newer: bool = False) -> Inputs:
+    """Check and read an `inputs` object."""
+    value = strictjson.members(value, INPUTS_MEMBERS, where=where, open_ended=newer)
     if not is_digest(value["rollouts_file"]):
         raise ArtifactError(f"`{where}.rollouts_file` is not a digest")
     rollouts, sft_audit, rollouts_audit = (value[name] for name in ("rollouts", "sft_audit", "rollouts_audit"))

@@ -5,19 +5,24 @@ Part borders follow from the rollouts alone, so one worker and sixty-four make t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lopd_store import layout
+import numpy as np
+import numpy.typing as npt
+
+from lopd_store import models, strictjson
 from lopd_store.container import MAX_VALUES
+from lopd_store.digest import digest_json
 from lopd_store.encoding import Encoding
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
 from lopd_store.license import read_license
-from lopd_store.manifest import Inputs, Scoring
-from lopd_store.models import PROVENANCE_FILE, pick_device
+from lopd_store.manifest import INPUTS_MEMBERS, Inputs, Scoring, read_inputs
 from lopd_store.provenance import (
     SftProvenance,
     declared,
@@ -27,10 +32,26 @@ from lopd_store.provenance import (
     sft_of_policy,
 )
 from lopd_store.rollouts import RolloutsFile
+from lopd_store.survey import BadRollout, Limits, OnBad, Survey, survey
 
 MAX_PART_POSITIONS = 1 << 20
 MIN_PART_POSITIONS = 1 << 13
+MAX_PART_TOKENS = 1 << 24  # a part is closed here too, so that long prompts cannot make it large
+_MOST_PARTS = 60_000  # a manifest says about 1,000 bytes of each, and is at most 64 MiB
 _PARTS_WANTED = 16  # enough to share among workers and to lose little when killed
+# What can change a bit of a log-prob, or how arrays are packed; docs/adr/0014 says why a plan has them.
+_LIBRARIES = ("lopd", "torch", "transformers", "numpy", "numba", "pcodec", "numcodecs", "zarr", "pyarrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedPart:
+    """Rows [start, stop) of the file, and how much of them there is to score."""
+
+    start: int
+    stop: int
+    rollouts: int
+    tokens: int
+    positions: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +70,55 @@ class Plan:
     device: str
     threads: int
     batch_tokens: int
-    parts: tuple[tuple[int, int], ...]  # rows [start, stop) of each part
+    parts: tuple[PlannedPart, ...]
+    skipped: tuple[BadRollout, ...]
+    versions: dict[str, str]  # of the libraries that decide bytes
 
     def to_json(self) -> dict[str, Any]:
         """What plan.json holds; equal plans make equal artifacts."""
         return {
-            "teacher": self.inputs.teacher.to_json(),
-            "rollouts": self.inputs.rollouts_file,
-            "sft": self.inputs.sft.to_json(),
+            **self.inputs.to_json(),
             "sft_data": self.sft_data,
             "encoding": self.encoding.to_json(),
-            "scoring": self.inputs.scoring.to_json(),
+            "reference_logprobs": self.reference_logprobs,
             "text": self.text,
             "device": self.device,
             "threads": self.threads,
             "batch_tokens": self.batch_tokens,
-            "parts": [list(part) for part in self.parts],
+            "skipped": [list(astuple(bad)) for bad in self.skipped],
+            "parts": [list(astuple(part)) for part in self.parts],
+            "versions": self.versions,
         }
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> Plan:
+        """Read what `to_json` gave; it does not say where things are on this machine."""
+        plain = ("sft_data", "reference_logprobs", "text", "device", "threads", "batch_tokens", "versions")
+        names = (*INPUTS_MEMBERS, *plain, "encoding", "skipped", "parts")
+        value = strictjson.members(value, names, where=where)
+        return cls(
+            **{name: value[name] for name in plain},
+            teacher_path="",
+            rollouts_path="",
+            reference_path=None,
+            sft_data_path=None,
+            inputs=read_inputs({name: value[name] for name in INPUTS_MEMBERS}, where),
+            encoding=Encoding.from_json(value["encoding"], where=f"{where}: encoding", open_ended=False),
+            skipped=tuple(BadRollout(row=row, why=why) for row, why in value["skipped"]),
+            parts=tuple(
+                PlannedPart(start=start, stop=stop, rollouts=rollouts, tokens=tokens, positions=positions)
+                for start, stop, rollouts, tokens, positions in value["parts"]
+            ),
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest that a part which is done carries, so that parts of two plans never meet."""
+        return digest_json(self.to_json())
+
+    def limits(self, context_length: int | None) -> Limits:
+        """What a rollout must fit into, in an engine with this context."""
+        return _limits(self.inputs.teacher, context_length, self.encoding)
 
 
 def make_plan(
@@ -82,6 +135,7 @@ def make_plan(
     threads: int = 1,
     batch_tokens: int = 4096,
     part_positions: int | None = None,
+    on_bad_rollout: OnBad = "fail",
 ) -> Plan:
     """Read the inputs, check what can be checked before scoring, and draw the borders of the parts."""
     for name, number in (("threads", threads), ("batch_tokens", batch_tokens)):
@@ -95,6 +149,8 @@ def make_plan(
     if reference is not None:
         _check_reference(file, reference)
     provenance = _sft_provenance(file, sft_data if sft is None else sft)
+    context_length = _context_length(*([teacher] if reference is None else [teacher, reference]))
+    found = survey(file, _limits(identity, context_length, encoding), on_bad=on_bad_rollout)
     return Plan(
         teacher_path=teacher,
         rollouts_path=str(rollouts),
@@ -110,46 +166,98 @@ def make_plan(
             rollouts=file.record,
         ),
         encoding=encoding,
-        reference_logprobs=file.has_logprobs() or reference is not None,
+        reference_logprobs=found.has_logprobs or reference is not None,
         text=text,
-        device=pick_device(device),
+        device=models.pick_device(device),
         threads=threads,
         batch_tokens=batch_tokens,
-        parts=part_borders(file.response_lengths.tolist(), part_positions, most_entries=encoding.most_entries),
+        parts=_draw_parts(found, part_positions, encoding, file),
+        skipped=found.bad,
+        versions={name: version(name) for name in _LIBRARIES},
     )
 
 
+def differences(wanted: Any, found: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The members of two JSON values that differ, each by its path: `encoding.selection.k_max`, 64, 40."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for name in [*wanted, *(name for name in found if name not in wanted)]:
+            path = f"{where}.{name}" if where else name
+            yield from differences(wanted.get(name), found.get(name), path)
+    elif wanted != found:
+        yield where, wanted, found
+
+
 def part_borders(
-    response_lengths: Sequence[int], part_positions: int | None = None, *, most_entries: int = 1
+    positions: npt.ArrayLike,  # [rows]
+    part_positions: int | None = None,
+    *,
+    most_entries: int = 1,
+    tokens: npt.ArrayLike | None = None,  # [rows]
 ) -> tuple[tuple[int, int], ...]:
     """Rows [start, stop) of each part: whole rollouts, each part closed once it has `part_positions` positions.
 
-    A part has at most `MAX_VALUES` entries, so one with a great `k_max` has fewer positions.
+    A part has at most `MAX_VALUES` entries, so one with a great `k_max` has fewer positions; and it is closed once it
+    has `MAX_PART_TOKENS` tokens.
     """
-    room = MAX_VALUES // most_entries
-    if (too_long := next((row for row, length in enumerate(response_lengths) if 2 * length > room), None)) is not None:
-        raise DataError(
-            f"rollout {too_long} has too many positions for this `k_max`",
-            expected=f"at most {room // 2}",
-            actual=response_lengths[too_long],
-        )
-    limit = min(MAX_PART_POSITIONS, room // 2)
+    limit = min(MAX_PART_POSITIONS, _most_positions(most_entries))
+    lengths = np.asarray(positions)
+    sizes = lengths if tokens is None else np.asarray(tokens)
     if part_positions is None:
-        wanted = sum(response_lengths) // _PARTS_WANTED
-        part_positions = min(max(wanted, MIN_PART_POSITIONS), limit)
+        part_positions = min(max(int(lengths.sum(dtype=np.int64)) // _PARTS_WANTED, MIN_PART_POSITIONS), limit)
     elif not 1 <= part_positions <= limit:
         raise InputError("`part_positions` is out of range", expected=f"1 to {limit}", actual=part_positions)
-    borders, start, positions = [], 0, 0
-    for row, length in enumerate(response_lengths):
-        positions += length
-        if positions >= part_positions:
+    borders, start, here, tokens_here = [], 0, 0, 0
+    for row, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
+        here, tokens_here = here + int(length), tokens_here + int(size)
+        if here >= part_positions or tokens_here >= MAX_PART_TOKENS:
             borders.append((start, row + 1))
-            start, positions = row + 1, 0
-    if start < len(response_lengths):
-        borders.append((start, len(response_lengths)))
-    if len(borders) > layout.MAX_PARTS:
-        raise InputError(f"{len(borders)} parts are too many", expected=f"at most {layout.MAX_PARTS}")
+            start, here, tokens_here = row + 1, 0, 0
+    if start < len(lengths):
+        borders.append((start, len(lengths)))
+    if len(borders) > _MOST_PARTS:
+        raise InputError(
+            f"{len(borders)} parts are too many",
+            expected=f"at most {_MOST_PARTS}",
+            hint="build several artifacts, each of a part of the rollouts",
+        )
     return tuple(borders)
+
+
+def _most_positions(most_entries: int) -> int:
+    """Positions of one rollout that fit into a part, however full that is already."""
+    return MAX_VALUES // most_entries // 2
+
+
+def _limits(teacher: ModelIdentity, context_length: int | None, encoding: Encoding) -> Limits:
+    return Limits(
+        vocab_size=teacher.vocab_size,
+        context_length=context_length,
+        positions=_most_positions(encoding.most_entries),
+    )
+
+
+def _context_length(*names: str) -> int | None:
+    """The shortest context among these models, as their configs say."""
+    lengths = [models.context_length(models.load_config(models.find(name))) for name in names]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def _draw_parts(
+    found: Survey, part_positions: int | None, encoding: Encoding, file: RolloutsFile
+) -> tuple[PlannedPart, ...]:
+    positions, prompts = found.response_lengths, found.prompt_lengths
+    borders = part_borders(positions, part_positions, most_entries=encoding.most_entries, tokens=prompts + positions)
+    parts = []
+    for start, stop in borders:
+        # A rollout that can be scored has a prompt, and of a bad one no token counts.
+        rollouts = int((prompts[start:stop] > 0).sum())
+        scored = int(positions[start:stop].sum())
+        tokens = scored + int(prompts[start:stop].sum())
+        if rollouts:
+            parts.append(PlannedPart(start=start, stop=stop, rollouts=rollouts, tokens=tokens, positions=scored))
+    if not parts:
+        raise DataError(f"no rollout of `{file.path}` can be scored", actual=f"{found.bad[0]}, and so on")
+    return tuple(parts)
 
 
 def read_sft(path: Path, policy: ModelIdentity | None) -> SftProvenance:
@@ -159,7 +267,7 @@ def read_sft(path: Path, policy: ModelIdentity | None) -> SftProvenance:
     where it is the record of another checkpoint.
     """
     if path.is_dir():
-        path = path / PROVENANCE_FILE
+        path = path / models.PROVENANCE_FILE
     if not path.is_file():
         raise InputError(f"no SFT provenance at `{path}`", hint="name SFT data, a checkpoint directory, or its record")
     if path.suffix == ".parquet":

@@ -14,10 +14,12 @@ The same file is SFT data when a teacher wrote it. Columns:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from lopd_store.provenance import RolloutsRecord
 
 METADATA_KEY = b"lopd"
 ROWS_PER_GROUP = 1024
+_BUFFER_BYTES = 1 << 20  # of a column
 FINISH_REASONS = ("stop", "length")
 SCHEMA = pa.schema(
     [
@@ -98,7 +101,8 @@ class RolloutsFile:
         if not self.path.is_file():
             raise InputError(f"no rollouts at `{path}`", hint="write them with `lopd-store generate`")
         try:
-            self._file = pq.ParquetFile(self.path)
+            # Else pyarrow holds all that it is going to read of a file, or of a row group, in memory.
+            self._file = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         except pa.ArrowInvalid as error:
             raise DataError(f"`{path}` is not a Parquet file: {error}") from error
         self.columns = frozenset(self._file.schema_arrow.names)
@@ -135,29 +139,49 @@ class RolloutsFile:
         """The digest of the file."""
         return digest_file(self.path).sha256
 
-    def read(self, start: int = 0, stop: int | None = None) -> list[Rollout]:
-        """Rows [start, stop) in file order; reads only the row groups that hold them."""
+    def row_name(self, row: int) -> str:
+        """How errors name a row."""
+        return f"`{self.path.name}`, row {row}"
+
+    def read(self, start: int = 0, stop: int | None = None, *, skip: Collection[int] = ()) -> list[Rollout]:
+        """Rows [start, stop) in file order but for those in `skip`; reads only the row groups that hold them."""
         stop = len(self) if stop is None else min(stop, len(self))
-        names = [name for name in SCHEMA.names if name in self.columns]
         rows: list[Rollout] = []
-        first = 0
-        for group in range(self._file.num_row_groups):
-            count = self._file.metadata.row_group(group).num_rows
-            if first < stop and first + count > start:
-                table = self._file.read_row_group(group, columns=names)
-                lower = max(start - first, 0)
-                table = table.slice(lower, min(stop - first, count) - lower)
-                rows += self._rollouts(table, first + lower)
-            first += count
+        for first, table in self.tables(start=start, stop=stop):
+            lower, upper = max(start - first, 0), min(stop - first, table.num_rows)
+            rows += self.decode(table.slice(lower, upper - lower), first + lower, skip=skip)
         return rows
 
     def batches(self) -> Iterator[list[Rollout]]:
-        """All rows in file order, a row group of ours at a time, however large those of the file are."""
-        names = [name for name in SCHEMA.names if name in self.columns]
-        first = 0
-        for batch in self._file.iter_batches(ROWS_PER_GROUP, columns=names):
-            yield self._rollouts(pa.Table.from_batches([batch]), first)
+        """All rows in file order, a row group of ours at a time."""
+        for first, table in self.tables():
+            yield self.decode(table, first)
+
+    def tables(
+        self, names: Sequence[str] | None = None, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """Columns of ours, some rows at a time, each time with the first row's number; all that overlap [start, stop).
+
+        However large the row groups of the file are, a row group of ours is in memory.
+        """
+        names = [name for name in SCHEMA.names if name in self.columns] if names is None else list(names)
+        stop = len(self) if stop is None else stop
+        ends = self._group_ends
+        groups = range(bisect_right(ends, start), min(bisect_left(ends, stop) + 1, len(ends)))
+        if start >= stop or not groups:
+            return
+        first = ends[groups.start - 1] if groups.start else 0
+        for batch in self._file.iter_batches(ROWS_PER_GROUP, row_groups=list(groups), columns=names):
+            if first < stop and first + batch.num_rows > start:
+                yield first, pa.Table.from_batches([batch])
             first += batch.num_rows
+            if first >= stop:
+                return
+
+    @cached_property
+    def _group_ends(self) -> list[int]:
+        metadata = self._file.metadata
+        return list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
 
     def copy(self, path: Path, record: RolloutsRecord) -> None:
         """Write the same rows, every column of theirs, with this record; appears only when it is whole."""
@@ -176,12 +200,15 @@ class RolloutsFile:
         ]
         return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64)
 
-    def _rollouts(self, table: pa.Table, first_row: int) -> list[Rollout]:
+    def decode(self, table: pa.Table, first_row: int, *, skip: Collection[int] = ()) -> list[Rollout]:
+        """The rows of a table of this file, but for those in `skip`; raises DataError where one is malformed."""
         columns = {name: _values(table, name) for name in table.column_names}
         absent = [None] * table.num_rows
         rows = []
         for i in range(table.num_rows):
-            where = f"`{self.path.name}`, row {first_row + i}"
+            if first_row + i in skip:
+                continue
+            where = self.row_name(first_row + i)
             prompt_ids = _ids(columns["prompt_ids"][i], f"{where}, `prompt_ids`")
             response_ids = _ids(columns["response_ids"][i], f"{where}, `response_ids`")
             mask = columns.get("loss_mask", absent)[i]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,93 +19,180 @@ from lopd_store.part import Part, read_part, rollouts_file, round_part, tokens_f
 from lopd_store.plan import Plan
 from lopd_store.rollouts import Rollout, RolloutsFile
 from lopd_store.statistic import Statistic, of_stored
+from lopd_store.survey import BadRollout, OnBad, bad_rollout, check_rollout
 from lopd_store.teachers import RolloutScores, Teacher
-from lopd_store.topk import TopK
+from lopd_store.topk import Floats, TopK
 
 DONE = "done"
 
+OnScored = Callable[[int, int], None]  # tokens and positions of a rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredPart:
+    """A part in memory, rounded as it will be stored."""
+
+    number: int
+    part: Part
+    columns: dict[str, Any]  # of its rollouts table
+    skipped: tuple[BadRollout, ...]  # that only scoring showed to be bad
+    seconds: float  # that scoring took
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoneNote:
+    """What is noted of a part that is written."""
+
+    plan: str  # digest
+    counts: Counts
+    files: dict[str, FileDigests]  # by kind
+    audit: Statistic | None  # of its rollouts under the reference policy
+    skipped: tuple[BadRollout, ...]
+    seconds: float
+
+    @property
+    def entry(self) -> PartEntry:
+        """What the manifest will say of it."""
+        return PartEntry(counts=self.counts, files=self.files)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.size for file in self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        audit = None if self.audit is None else self.audit.sums()
+        return {**asdict(self), "audit": audit, "skipped": [list(astuple(bad)) for bad in self.skipped]}
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> DoneNote:
+        """Read what `to_json` gave."""
+        value = strictjson.members(value, [item.name for item in fields(cls)], where=where)
+        return cls(
+            plan=value["plan"],
+            counts=Counts(**value["counts"]),
+            files={kind: FileDigests(**digests) for kind, digests in value["files"].items()},
+            audit=None if value["audit"] is None else Statistic.from_json(value["audit"], where=where),
+            skipped=tuple(BadRollout(row=row, why=why) for row, why in value["skipped"]),
+            seconds=value["seconds"],
+        )
+
+
+def read_rollouts(plan: Plan, number: int) -> dict[int, Rollout]:
+    """The rollouts of a part by their rows, without those that the plan skips."""
+    part = plan.parts[number]
+    skipped = {bad.row for bad in plan.skipped if part.start <= bad.row < part.stop}
+    rows = (row for row in range(part.start, part.stop) if row not in skipped)
+    return dict(zip(rows, RolloutsFile(plan.rollouts_path).read(part.start, part.stop, skip=skipped), strict=True))
+
 
 def score_part(
-    plan: Plan, teacher: Teacher, number: int, on_positions: Callable[[int], None]
-) -> tuple[Part, dict[str, Any]]:
-    """One part in memory, rounded as it will be stored, and the columns of its rollouts table."""
-    start, stop = plan.parts[number]
-    rollouts = RolloutsFile(plan.rollouts_path).read(start, stop)
-    for row, rollout in enumerate(rollouts, start=start):
-        _check_rollout(rollout, f"rollout {row}", plan.inputs.teacher.vocab_size, teacher.context_length)
-    encoding = plan.encoding
-    sampled: list[Any] = [None] * len(rollouts)
-    kept: list[Any] = [None] * len(rollouts)
-    entropies = np.zeros(len(rollouts), np.float32)
-    for index, scores in teacher.score(rollouts, encoding.k_max):
-        _check_scores(scores, rollouts[index], f"rollout {start + index}")
-        sampled[index] = np.minimum(scores.sampled_logprobs, 0)
-        kept[index] = topk.select(
-            replace(scores.candidates, logprobs=np.minimum(scores.candidates.logprobs, 0)),
-            k_min=encoding.k_min,
-            k_max=encoding.k_max,
-            coverage=encoding.coverage,
-        )
-        if rollouts[index].logprobs is None:
-            rollouts[index] = replace(rollouts[index], logprobs=scores.reference_sampled_logprobs)
-        entropies[index] = scores.entropies.mean() if len(scores.entropies) else 0
-        on_positions(len(scores.sampled_logprobs))
-    offsets = np.zeros(len(rollouts) + 1, np.int64)
-    np.cumsum([len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts], out=offsets[1:])
-    part = Part(
-        rollout_offsets=offsets,
-        prompt_lengths=np.array([len(rollout.prompt_ids) for rollout in rollouts], np.int32),
-        token_ids=np.concatenate([rollout.token_ids for rollout in rollouts]),
-        loss_mask=np.concatenate([rollout.loss_mask for rollout in rollouts]),
-        sampled_logprobs=np.concatenate(sampled).astype(np.float32),
-        reference_logprobs=_reference_logprobs(rollouts) if plan.reference_logprobs else None,
-        topk=topk.concatenate(kept),
+    plan: Plan,
+    teacher: Teacher,
+    number: int,
+    on_scored: OnScored,
+    *,
+    rollouts: dict[int, Rollout] | None = None,
+    on_bad: OnBad = "fail",
+) -> ScoredPart:
+    """One part in memory; its rollouts are read from the file of the plan where they are not given, by their rows."""
+    started = time.monotonic()
+    by_row = read_rollouts(plan, number) if rollouts is None else rollouts
+    limits = plan.limits(teacher.context_length)
+    skipped: list[BadRollout] = []
+
+    def bad(row: int, error: DataError) -> None:
+        if on_bad == "fail":
+            raise error
+        skipped.append(bad_rollout(row, error))
+
+    for row, rollout in list(by_row.items()):
+        try:
+            check_rollout(rollout, row, limits)  # again: an engine may have less room than the config says
+        except DataError as error:
+            bad(row, error)
+            del by_row[row]
+    rows, scored = list(by_row), dict[int, _Scored]()
+    for index, scores in teacher.score([by_row[row] for row in rows], plan.encoding.k_max):
+        row = rows[index]
+        _check_rows(scores, by_row[row], row)
+        try:
+            _check_numbers(scores, row)
+        except DataError as error:
+            bad(row, error)
+        else:
+            scored[row] = _select(plan, by_row[row], scores)
+        on_scored(len(by_row[row].prompt_ids) + len(scores.sampled_logprobs), len(scores.sampled_logprobs))
+    if not scored:
+        raise DataError(f"nothing is left of part {number}", actual=f"{skipped[0]}, and so on")
+    part, columns = _assemble(plan, [scored[row] for row in rows if row in scored])
+    return ScoredPart(
+        number=number,
+        part=round_part(part, plan.encoding),
+        columns=columns,
+        skipped=tuple(sorted(skipped, key=lambda one: one.row)),
+        seconds=time.monotonic() - started,
     )
-    text = {
-        "prompt": [rollout.prompt for rollout in rollouts],
-        "response": [rollout.response for rollout in rollouts],
-    }
-    columns = {
-        **(text if plan.text else {}),
-        "finish_reason": [rollout.finish_reason for rollout in rollouts],
-        "prompt_length": part.prompt_lengths,
-        "response_length": np.array([len(rollout.response_ids) for rollout in rollouts], np.int32),
-        "mean_sampled_logprob": np.array([values.mean() if len(values) else 0 for values in sampled], np.float32),
-        "mean_entropy": entropies,
-    }
-    return round_part(part, encoding), columns
 
 
-def write_part(plan: Plan, building: Path, number: int, part: Part, columns: dict[str, Any]) -> None:
-    """Write the files of a part, after decoding them again, and note it as done; the note comes last."""
+def part_files(plan: Plan, scored: ScoredPart) -> dict[str, bytes]:
+    """The bytes of the three files of a part by kind, after decoding them again."""
+    part = scored.part
     contents = {
-        layout.ROLLOUTS: rollouts_file(columns),
+        layout.ROLLOUTS: rollouts_file(scored.columns),
         layout.TOKENS: tokens_file(part, plan.encoding),
         layout.TOPK: topk_file(part, plan.encoding),
     }
-    where = layout.part_name(number)
+    where = layout.part_name(scored.number)
     read = read_part(contents[layout.TOKENS], contents[layout.TOPK], plan.encoding, part.counts, where=where)
     _check_written(part, read)
+    return contents
+
+
+def note_of(plan: Plan, scored: ScoredPart, contents: dict[str, bytes]) -> DoneNote:
+    """What is to be noted of a part with these files."""
+    return DoneNote(
+        plan=plan.digest,
+        counts=scored.part.counts,
+        files={kind: digest_contents(data) for kind, data in contents.items()},
+        audit=_audit(plan, scored.part),
+        skipped=scored.skipped,
+        seconds=round(scored.seconds, 3),
+    )
+
+
+def write_part(building: Path, number: int, contents: dict[str, bytes], note: DoneNote) -> None:
+    """Write the files of a part and note it as done; the note comes last."""
     for kind, data in contents.items():
         write_durably(building / layout.part_file(number, kind), data)
-    files = {kind: asdict(digest_contents(data)) for kind, data in contents.items()}
-    audited = _audit(plan, read)
-    note = {"counts": part.counts.to_json(), "files": files, "audit": None if audited is None else audited.sums()}
-    write_durably(_note(building, number), strictjson.pretty(note))
+    write_durably(note_path(building, number), strictjson.pretty(note.to_json()))
 
 
 def is_done(building: Path, number: int) -> bool:
     """Whether a part is written, all three files of it."""
-    return _note(building, number).is_file()
+    return note_path(building, number).is_file()
 
 
-def read_note(building: Path, number: int) -> tuple[PartEntry, Statistic | None]:
-    """What the manifest will say of a part that is done, and what the audit of its rollouts found."""
-    path = _note(building, number)
-    note = strictjson.loads(path.read_bytes(), where=str(path))
-    files = {kind: FileDigests(**digests) for kind, digests in note["files"].items()}
-    audited = None if note["audit"] is None else Statistic.from_json(note["audit"], where=str(path))
-    return PartEntry(counts=Counts(**note["counts"]), files=files), audited
+def read_note(building: Path, number: int) -> DoneNote:
+    """What was noted of a part that is done."""
+    path = note_path(building, number)
+    return DoneNote.from_json(strictjson.loads(path.read_bytes(), where=str(path)), where=str(path))
+
+
+def note_path(building: Path, number: int) -> Path:
+    """The note that says that a part is done."""
+    return building / DONE / f"{number:05d}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """One rollout with what is kept of its scores."""
+
+    rollout: Rollout
+    sampled_logprobs: Floats  # [positions]
+    topk: TopK
+    mean_entropy: float
 
 
 def _audit(plan: Plan, part: Part) -> Statistic | None:
@@ -124,38 +212,69 @@ def _audit(plan: Plan, part: Part) -> Statistic | None:
     )
 
 
-def _note(building: Path, number: int) -> Path:
-    return building / DONE / f"{number:05d}.json"
+def _select(plan: Plan, rollout: Rollout, scores: RolloutScores) -> _Scored:
+    encoding = plan.encoding
+    if rollout.logprobs is None:
+        rollout = replace(rollout, logprobs=scores.reference_sampled_logprobs)
+    return _Scored(
+        rollout=rollout,
+        sampled_logprobs=np.minimum(scores.sampled_logprobs, 0),
+        topk=topk.select(
+            replace(scores.candidates, logprobs=np.minimum(scores.candidates.logprobs, 0)),
+            k_min=encoding.k_min,
+            k_max=encoding.k_max,
+            coverage=encoding.coverage,
+        ),
+        mean_entropy=scores.entropies.mean() if len(scores.entropies) else 0,
+    )
 
 
-def _check_rollout(rollout: Rollout, where: str, vocab_size: int, context_length: int | None) -> None:
-    length = len(rollout.prompt_ids) + len(rollout.response_ids)
-    if len(rollout.prompt_ids) == 0:
-        raise DataError(f"{where} has no prompt", expected="one token at least: the first token has no distribution")
-    if int(rollout.token_ids.max()) >= vocab_size:
-        raise DataError(
-            f"{where} has an id that the teacher's tokenizer does not know",
-            expected=f"below {vocab_size}",
-            actual=int(rollout.token_ids.max()),
-        )
-    if context_length is not None and length > context_length:
-        raise DataError(
-            f"{where} is longer than the teacher's context",
-            expected=f"at most {context_length} tokens",
-            actual=f"{len(rollout.prompt_ids)} prompt + {len(rollout.response_ids)} response tokens",
-            hint="leave it out; a rollout is never cut",
-        )
+def _assemble(plan: Plan, scored: list[_Scored]) -> tuple[Part, dict[str, Any]]:
+    """The part, unrounded, and the columns of its rollouts table."""
+    rollouts = [one.rollout for one in scored]
+    offsets = np.zeros(len(rollouts) + 1, np.int64)
+    np.cumsum([len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts], out=offsets[1:])
+    sampled = [one.sampled_logprobs for one in scored]
+    part = Part(
+        rollout_offsets=offsets,
+        prompt_lengths=np.array([len(rollout.prompt_ids) for rollout in rollouts], np.int32),
+        token_ids=np.concatenate([rollout.token_ids for rollout in rollouts]),
+        loss_mask=np.concatenate([rollout.loss_mask for rollout in rollouts]),
+        sampled_logprobs=np.concatenate(sampled).astype(np.float32),
+        reference_logprobs=_reference_logprobs(rollouts) if plan.reference_logprobs else None,
+        topk=topk.concatenate([one.topk for one in scored]),
+    )
+    text = {
+        "prompt": [rollout.prompt for rollout in rollouts],
+        "response": [rollout.response for rollout in rollouts],
+    }
+    columns = {
+        **(text if plan.text else {}),
+        "finish_reason": [rollout.finish_reason for rollout in rollouts],
+        "prompt_length": part.prompt_lengths,
+        "response_length": np.array([len(rollout.response_ids) for rollout in rollouts], np.int32),
+        "mean_sampled_logprob": np.array([values.mean() if len(values) else 0 for values in sampled], np.float32),
+        "mean_entropy": np.array([one.mean_entropy for one in scored], np.float32),
+    }
+    return part, columns
 
 
-def _check_scores(scores: RolloutScores, rollout: Rollout, where: str) -> None:
-    candidates = {name: column for name, column in vars(scores.candidates).items() if column is not None}
-    rows = {len(scores.sampled_logprobs), *map(len, candidates.values())}
+def _check_rows(scores: RolloutScores, rollout: Rollout, row: int) -> None:
+    candidates = [column for column in vars(scores.candidates).values() if column is not None]
+    rows = {len(scores.sampled_logprobs), *map(len, candidates)}
     if rows != {len(rollout.response_ids)}:
         raise DataError(
-            f"{where}: the teacher gave another number of rows", expected=len(rollout.response_ids), actual=rows
+            f"rollout {row}: the teacher gave another number of rows", expected=len(rollout.response_ids), actual=rows
         )
-    if any(np.isnan(column).any() for column in (scores.sampled_logprobs, *candidates.values())):
-        raise DataError(f"{where}: the teacher gave log-probs that are not numbers", hint="try `--dtype float32`")
+
+
+def _check_numbers(scores: RolloutScores, row: int) -> None:
+    candidates = [column for column in vars(scores.candidates).values() if column is not None]
+    if any(np.isnan(column).any() for column in (scores.sampled_logprobs, *candidates)):
+        raise DataError(
+            f"rollout {row}: the teacher gave log-probs that are not numbers",
+            hint="try `--dtype float32`; `--on-bad-rollout skip` leaves it out",
+        )
 
 
 def _reference_logprobs(rollouts: list[Rollout]) -> Any:

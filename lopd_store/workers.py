@@ -1,4 +1,4 @@
-"""Who scores the parts: this process, or several of its kind.
+"""Who scores the parts: this process, several of its kind, or actors of a Ray cluster.
 
 Every worker loads the teacher once and takes the next part that is missing. All use the same number of threads, so
 how many there are changes no byte.
@@ -10,43 +10,64 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from lopd_store import models
-from lopd_store.errors import InputError
+from lopd_store.cluster import score_on_ray
+from lopd_store.errors import InputError, UnavailableError
+from lopd_store.handout import Interrupts, OnNote, OnProgress, Tally, hand_out, load_teacher, torch_threads
 from lopd_store.plan import Plan
-from lopd_store.rollouts import RolloutsFile
-from lopd_store.scoring import is_done, score_part, write_part
-from lopd_store.teachers import Teacher, load
+from lopd_store.scoring import DoneNote, note_of, part_files, score_part, write_part
+from lopd_store.survey import OnBad
 
-OnProgress = Callable[[int, int], None]  # positions scored so far, positions in all
+OnPart = Callable[[int], None]  # the number of a part that is written
 
 
-def score_parts(plan: Plan, building: Path, workers: int, on_progress: OnProgress | None) -> None:
-    """Score and write every part that is not done yet; a part that fails stops the build, the others stay."""
-    lengths = RolloutsFile(plan.rollouts_path).response_lengths
-    positions = [int(lengths[start:stop].sum()) for start, stop in plan.parts]
-    missing = [number for number in range(len(plan.parts)) if not is_done(building, number)]
-    before = sum(positions) - sum(positions[number] for number in missing)
+def score_parts(
+    plan: Plan,
+    building: Path,
+    numbers: Sequence[int],
+    *,
+    workers: int | None,
+    ray: str | None = None,
+    on_bad: OnBad = "fail",
+    on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
+    on_part: OnPart | None = None,
+) -> None:
+    """Score and write those of these parts that are not done yet; a part that fails stops the build, others stay.
 
-    def report(scored: int) -> None:
-        if on_progress is not None:
-            on_progress(before + scored, sum(positions))
-
-    report(0)
-    if not missing:
+    `on_part` hears of every part that this call has written. Raises KeyboardInterrupt after the parts in hand where
+    Ctrl-C asked for it.
+    """
+    tally = Tally(plan, building, numbers, on_progress)
+    if not tally.missing:
         return
-    if workers == 1:
-        _score_here(plan, building, missing, report)
-    else:
-        _score_in_processes(plan, building, missing, min(workers, len(missing)), report)
+
+    def finish(number: int, note: DoneNote) -> None:
+        tally.written(note)
+        if on_part is not None:
+            on_part(number)
+
+    with Interrupts(on_note) as interrupts:
+        if ray is not None:
+            score_on_ray(plan, building, tally, finish, interrupts, address=ray, workers=workers, on_bad=on_bad)
+        elif workers == 1:
+            _score_here(plan, building, tally, finish, interrupts, on_bad)
+        else:
+            assert workers is not None
+            _score_in_processes(plan, building, tally, finish, interrupts, min(workers, len(tally.missing)), on_bad)
+        if interrupts.asked:
+            raise KeyboardInterrupt
 
 
-def count_workers(asked: int | None, plan: Plan) -> int:
+def count_workers(asked: int | None, plan: Plan, parts: int) -> int:
     """How many processes to use: as many as asked for, else one per processor; never more than there are parts.
 
     Each holds the whole teacher, so unasked there are only as many as fit into half of the memory that is free.
@@ -54,11 +75,11 @@ def count_workers(asked: int | None, plan: Plan) -> int:
     if asked is not None:
         if asked < 1:
             raise InputError("`workers` is out of range", expected="1 or more", actual=asked)
-        return min(asked, len(plan.parts))
+        return min(asked, parts)
     if plan.device != "cpu":
         return 1
     fit = _free_memory() // 2 // _teacher_bytes(plan)
-    return max(1, min((os.cpu_count() or 1) // plan.threads, fit, len(plan.parts)))
+    return max(1, min((os.cpu_count() or 1) // plan.threads, fit, parts))
 
 
 def _free_memory() -> int:
@@ -72,34 +93,62 @@ def _teacher_bytes(plan: Plan) -> int:
     return sum(size * (2 if gguf is None else 8) for size, gguf in sizes)
 
 
-def _score_here(plan: Plan, building: Path, missing: list[int], report: Callable[[int], None]) -> None:
-    scored = 0
-
-    def on_positions(count: int) -> None:
-        nonlocal scored
-        scored += count
-        report(scored)
+def _score_here(
+    plan: Plan,
+    building: Path,
+    tally: Tally,
+    finish: Callable[[int, DoneNote], None],
+    interrupts: Interrupts,
+    on_bad: OnBad,
+) -> None:
+    def on_scored(tokens: int, positions: int) -> None:
+        interrupts.tell()
+        tally.add(1, tokens, positions)
 
     with torch_threads(plan.threads):
-        teacher = _load_teacher(plan)
-        for number in missing:
-            write_part(plan, building, number, *score_part(plan, teacher, number, on_positions))
+        teacher = load_teacher(plan)
+        for number in tally.missing:
+            if interrupts.asked:
+                break
+            scored = score_part(plan, teacher, number, on_scored, on_bad=on_bad)
+            contents = part_files(plan, scored)
+            note = note_of(plan, scored, contents)
+            write_part(building, number, contents, note)
+            finish(number, note)
 
 
 def _score_in_processes(
-    plan: Plan, building: Path, missing: list[int], workers: int, report: Callable[[int], None]
+    plan: Plan,
+    building: Path,
+    tally: Tally,
+    finish: Callable[[int, DoneNote], None],
+    interrupts: Interrupts,
+    workers: int,
+    on_bad: OnBad,
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    scored = context.Value("q", 0)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (plan, building, scored))
-    try:
+    counts = context.Array("q", 3)
+    ours, theirs = context.Pipe()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (plan, building, on_bad, counts, theirs))
+
+    def submit(number: int) -> Future[DoneNote]:
         with _interrupts_held_back():
-            waiting: set[Future[None]] = {pool.submit(_work, number) for number in missing}
-        while waiting:
-            finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            report(scored.value)
-            for future in finished:
-                future.result()
+            return pool.submit(_work, number)
+
+    def tick() -> None:
+        tally.scored = list(counts[:])
+        tally.report()
+
+    try:
+        hand_out(tally.missing, submit, finish, width=workers, interrupts=interrupts, tick=tick)
+    except KeyboardInterrupt:
+        ours.close()  # which ends those that are still at work
+        raise
+    except BrokenProcessPool as error:
+        raise UnavailableError(
+            "a worker was killed, perhaps because memory ran out",
+            hint="run the same command again, with fewer `--workers` or a smaller `--batch-tokens`",
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -117,54 +166,33 @@ def _interrupts_held_back() -> Iterator[None]:
 _worker: dict[str, Any] = {}  # what one worker process keeps between parts
 
 
-def _start_worker(plan: Plan, building: Path, scored: Any) -> None:
+def _start_worker(plan: Plan, building: Path, on_bad: OnBad, counts: Any, parent: Connection) -> None:
     import torch
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(plan.threads)
-    _worker.update(plan=plan, building=building, scored=scored)
+    _worker.update(plan=plan, building=building, on_bad=on_bad, counts=counts)
 
 
-def _end_with_parent() -> None:
-    """Leave when the parent was killed; nothing would ever tell this process otherwise."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _end_with_parent(parent: Connection) -> None:
+    """Leave when the parent has closed its end, or was killed; nothing else would ever tell this process."""
+    with suppress(EOFError, OSError):
+        parent.recv()
     os._exit(1)
 
 
-def _work(number: int) -> None:
-    def on_positions(count: int) -> None:
-        with _worker["scored"].get_lock():
-            _worker["scored"].value += count
+def _work(number: int) -> DoneNote:
+    def on_scored(*scored: int) -> None:
+        counts = _worker["counts"]
+        with counts.get_lock():
+            for index, more in enumerate((1, *scored)):
+                counts[index] += more
 
+    plan: Plan = _worker["plan"]
     if "teacher" not in _worker:  # here and not at the start, where an error would be lost
-        _worker["teacher"] = _load_teacher(_worker["plan"])
-    part, columns = score_part(_worker["plan"], _worker["teacher"], number, on_positions)
-    write_part(_worker["plan"], _worker["building"], number, part, columns)
-
-
-def _load_teacher(plan: Plan) -> Teacher:
-    inputs = plan.inputs
-    return load(
-        inputs.scoring.engine,
-        plan.teacher_path,
-        vocab_size=inputs.teacher.vocab_size,
-        dtype=inputs.scoring.dtype,
-        device=plan.device,
-        batch_tokens=plan.batch_tokens,
-        reference=plan.reference_path,
-    )
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """What runs in here computes with so many threads, which can change the last bits of a log-prob."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        _worker["teacher"] = load_teacher(plan)
+    scored = score_part(plan, _worker["teacher"], number, on_scored, on_bad=_worker["on_bad"])
+    contents = part_files(plan, scored)
+    note = note_of(plan, scored, contents)
+    write_part(_worker["building"], number, contents, note)
+    return note

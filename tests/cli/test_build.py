@@ -157,7 +157,7 @@ def test_a_rollout_longer_than_the_context_of_the_teacher_is_refused(teacher_dir
         "error: rollout 1 is longer than the teacher's context\n"
         "  expected  at most 256 tokens\n"
         "  actual    5 prompt + 300 response tokens\n\n"
-        "hint: leave it out; a rollout is never cut\n"
+        "hint: `--on-bad-rollout skip` leaves it out; a rollout is never cut\n"
     )
     assert_refused(build(teacher_dir, "long.parquet"), 1, text)
 
@@ -200,12 +200,10 @@ def test_an_option_out_of_range_is_a_usage_error(
 
 
 def test_a_build_in_progress_goes_on_only_as_it_was_begun(teacher_dir: Path, here: Path) -> None:
-    rows = {"prompt_ids": [[7] * 5] * 3, "response_ids": [[8], [9], [8] * 300]}
-    pq.write_table(pa.table(rows), "rollouts.parquet")
-    first = build(
-        teacher_dir, "rollouts.parquet", "--workers", 1, "--part-positions", 1
-    )  # a part each; the third cannot be scored
-    assert (first.code, first.stderr.splitlines()[0]) == (1, "error: rollout 2 is longer than the teacher's context")
+    pq.write_table(pa.table({"prompt_ids": [[7] * 5] * 3, "response_ids": [[8], [9], [10]]}), "rollouts.parquet")
+    first = build(teacher_dir, "rollouts.parquet", "--part-positions", 1, "--part", "1/2")  # parts 0 and 2
+    assert (first.code, first.stdout) == (0, "artifact.building: 2 parts scored; 1 of other jobs are missing\n")
+    assert first.stderr == "when all are there: lopd-store merge --output artifact\n"
     assert not Path("artifact").exists()
     assert len(list(Path("artifact.building/done").iterdir())) == 2
 
@@ -213,7 +211,7 @@ def test_a_build_in_progress_goes_on_only_as_it_was_begun(teacher_dir: Path, her
     assert (second.code, second.stdout) == (2, "")
     assert second.stderr == (
         "error: `artifact.building` was begun with another plan\n"
-        "  expected  the same `encoding`\n"
-        "  actual    they changed since\n\n"
+        "  expected  `encoding.selection.k_max` 64\n"
+        "  actual    8\n\n"
         "hint: go on with the old settings, or remove `artifact.building` to begin anew\n"
     )

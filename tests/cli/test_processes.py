@@ -13,7 +13,10 @@ import lopd_store
 from tests.commands import Ran, interrupt_process, run_command, run_process, wait_for_the_end_of
 from tests.hub.server import HubServer
 
-INTERRUPTED = "interrupted; run the same command again, and it goes on where it can\n"
+INTERRUPTED = (
+    "finishing what is in hand; Ctrl-C again stops at once, and loses it\n"
+    "interrupted; run the same command again, and it goes on where it can\n"
+)
 
 
 def answer_of(ran: Ran) -> dict[str, object]:
@@ -95,7 +98,8 @@ def test_a_worker_ends_when_its_parent_is_killed(here: Path) -> None:
         "import multiprocessing, os, signal\n"
         "from lopd_store.workers import _end_with_parent\n"
         "if __name__ == '__main__':\n"
-        "    worker = multiprocessing.get_context('spawn').Process(target=_end_with_parent)\n"
+        "    ours, theirs = multiprocessing.get_context('spawn').Pipe()\n"
+        "    worker = multiprocessing.get_context('spawn').Process(target=_end_with_parent, args=(theirs,))\n"
         "    worker.start()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -19,9 +19,16 @@ LAYERS = [
     ("models", ["models", "license", "weights", "identity", "provenance"]),
     ("values", ["grid", "topk", "encoding", "statistic", "manifest", "gate", "view"]),
     ("files", ["signatures", "container", "table", "part", "checks", "rollouts", "prompts", "listing", "card"]),
-    ("making", ["teachers", "teachers.transformers", "plan", "scoring", "workers", "sampler", "audit", "differences"]),
+    ("making", ["teachers", "teachers.transformers", "sampler", "audit", "differences"]),
+    ("scoring", ["survey", "plan", "scoring", "building", "remote", "handout", "cluster", "workers"]),
     ("records", ["lineage", "declare"]),
-    ("artifacts", ["reader", "rescore", "builder", "verifier", "subset", "download", "upload", "catalog", "columns"]),
+    (
+        "artifacts",
+        [
+            *("reader", "rescore", "builder", "forecast", "verifier", "subset", "download", "upload", "catalog"),
+            "columns",
+        ],
+    ),
     ("door", ["__init__"]),
 ]
 ORDER = [module for _, modules in LAYERS for module in modules]

@@ -15,6 +15,7 @@ from lopd_store import manifest as manifests
 from lopd_store.audit import SFT_POSITIONS
 from lopd_store.digest import digest_contents
 from lopd_store.errors import InputError
+from lopd_store.handout import Progress
 from lopd_store.identity import identify
 from lopd_store.manifest import Inputs
 from lopd_store.reader import Artifact
@@ -180,8 +181,8 @@ def test_any_number_of_workers_and_any_interruption_keep_the_same_bytes(
 ) -> None:
     heard = list[int]()
 
-    def stop(scored: int, total: int) -> None:
-        if scored:
+    def stop(progress: Progress) -> None:
+        if progress.positions:
             raise KeyboardInterrupt
 
     options: dict[str, Any] = {"sft_data": sft_file, "reference": student_dir}
@@ -198,7 +199,7 @@ def test_any_number_of_workers_and_any_interruption_keep_the_same_bytes(
 def test_another_file_of_sft_data_is_another_plan(
     teacher_dir: Path, rollouts_file: Path, sft_file: Path, tmp_path: Path
 ) -> None:
-    def stop(scored: int, total: int) -> None:
+    def stop(progress: Progress) -> None:
         if len(list((layout.building_directory(tmp_path / "a") / "done").iterdir())) == 1:
             raise KeyboardInterrupt
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import lopd_store
-from lopd_store import layout
+from lopd_store import layout, strictjson
 from lopd_store.digest import digest_contents, digest_json
 from lopd_store.errors import ArtifactError, ConsistencyError, DataError, InputError
+from lopd_store.handout import Progress
 from lopd_store.identity import ModelIdentity, identify
 from lopd_store.models import PROVENANCE_FILE
 from lopd_store.provenance import UNKNOWN_SFT, CheckpointRecord, RolloutsRecord
@@ -50,7 +51,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 def stop_at_part(number: int, output: Path) -> Any:
     """A progress callback that interrupts the build once `number` parts are done."""
 
-    def interrupt(scored: int, total: int) -> None:
+    def interrupt(progress: Progress) -> None:
         if len(list((layout.building_directory(output) / "done").iterdir())) == number:
             raise KeyboardInterrupt
 
@@ -84,18 +85,21 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
 
 
 def test_a_resumed_build_scores_only_what_is_missing(teacher_dir: Path, rollouts_path: Path, tmp_path: Path) -> None:
-    output, heard = tmp_path / "resumed", list[tuple[int, int]]()
+    output, heard = tmp_path / "resumed", list[Progress]()
     with pytest.raises(KeyboardInterrupt):
         build(teacher_dir, rollouts_path, output, on_progress=stop_at_part(2, output))
-    build(teacher_dir, rollouts_path, output, on_progress=lambda *numbers: heard.append(numbers))
+    build(teacher_dir, rollouts_path, output, on_progress=heard.append)
     positions = sum(response for _, response in LENGTHS)
-    assert heard[0] == (30, positions) and heard[-1] == (positions, positions)
+    assert (heard[0].positions, heard[0].rollouts) == (30, 3) and {one.all_positions for one in heard} == {positions}
+    assert (heard[-1].positions, heard[-1].rollouts, heard[-1].all_rollouts) == (positions, 6, 6)
+    assert heard[-1].tokens == sum(prompt + response for prompt, response in LENGTHS)
+    assert heard[0].bytes > 0
 
 
 def fail_to_seal(teacher_dir: Path, rollouts_path: Path, output: Path) -> Path:
     """A build in progress of which everything is done but the last rename, as a kill at that moment leaves it."""
 
-    def get_in_the_way(scored: int, total: int) -> None:
+    def get_in_the_way(progress: Progress) -> None:
         output.mkdir(exist_ok=True)
         (output / "something").touch()
 
@@ -108,10 +112,10 @@ def fail_to_seal(teacher_dir: Path, rollouts_path: Path, output: Path) -> Path:
 def test_a_build_killed_while_it_is_sealed_scores_nothing_again(
     teacher_dir: Path, rollouts_path: Path, sealed: Path, tmp_path: Path
 ) -> None:
-    output, heard = tmp_path / "killed", list[tuple[int, int]]()
+    output, heard = tmp_path / "killed", list[Progress]()
     fail_to_seal(teacher_dir, rollouts_path, output)
-    again = build(teacher_dir, rollouts_path, output, on_progress=lambda *numbers: heard.append(numbers))
-    assert heard == [(50, 50)] and files_of(again.path) == files_of(sealed)
+    again = build(teacher_dir, rollouts_path, output, on_progress=heard.append)
+    assert [one.positions for one in heard] == [50] and files_of(again.path) == files_of(sealed)
 
 
 @pytest.mark.parametrize("lost", ["manifest.json", "README.md", "plan.json", "done/00001.json", "done"])
@@ -146,25 +150,40 @@ def test_a_sealed_artifact_has_no_trace_of_the_build_in_progress(sealed: Path) -
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "found", "wanted"),
     [
-        ({"k_max": 39}, "encoding"),
-        ({"coverage": 0.5}, "encoding"),
-        ({"exact": True}, "encoding"),
-        ({"dtype": "bfloat16"}, "scoring"),
-        ({"batch_tokens": 64}, "batch_tokens"),
-        ({"threads": 2}, "threads"),
-        ({"part_positions": 20}, "parts"),
+        ({"k_max": 39}, "`encoding.selection.k_max` 40", "39"),
+        (
+            {"k_max": 39, "coverage": 0.5},
+            "`encoding.selection.k_max` 40, `encoding.selection.coverage` 0.99",
+            "39, 0.5",
+        ),
+        ({"exact": True}, "`encoding.profile` compact", "exact"),
+        ({"dtype": "bfloat16"}, "`scoring.dtype` float32", "bfloat16"),
+        ({"batch_tokens": 64}, "`batch_tokens` 4096", "64"),
+        ({"threads": 2}, "`threads` 1", "2"),
+        ({"text": False}, "`text` true", "false"),
+        ({"part_positions": 20}, "`parts` [[0,2,2,25,10]", "[[0,3,3,46,30]"),
     ],
 )
-def test_another_plan_does_not_go_on_with_the_parts_of_the_first(
-    teacher_dir: Path, rollouts_path: Path, tmp_path: Path, options: dict[str, Any], name: str
+def test_another_plan_is_refused_and_what_changed_is_named(
+    teacher_dir: Path, rollouts_path: Path, begun: Path, options: dict[str, Any], found: str, wanted: str
 ) -> None:
+    with pytest.raises(InputError, match="was begun with another plan") as refused:
+        build(teacher_dir, rollouts_path, begun, **options)
+    assert refused.value.hint is not None and refused.value.hint.startswith("go on with the old settings, or remove")
+    expected, actual = str(refused.value.expected), str(refused.value.actual)
+    assert found in expected
+    assert wanted in actual
+
+
+@pytest.fixture
+def begun(teacher_dir: Path, rollouts_path: Path, tmp_path: Path) -> Path:
+    """Where an artifact is being built of which one part is done."""
     output = tmp_path / "begun"
     with pytest.raises(KeyboardInterrupt):
         build(teacher_dir, rollouts_path, output, on_progress=stop_at_part(1, output))
-    with pytest.raises(InputError, match=rf"was begun with another plan(?s:.)*`{name}`(?s:.)*hint: go on with the old"):
-        build(teacher_dir, rollouts_path, output, **options)
+    return output
 
 
 def test_the_same_rollouts_in_another_order_are_another_plan(teacher_dir: Path, tmp_path: Path) -> None:
@@ -173,18 +192,28 @@ def test_the_same_rollouts_in_another_order_are_another_plan(teacher_dir: Path, 
     other = save_rollouts(tmp_path / "other.parquet", pairs[::-1])
     with pytest.raises(KeyboardInterrupt):
         build(teacher_dir, one, output, part_positions=9, on_progress=stop_at_part(1, output))
-    with pytest.raises(InputError, match="was begun with another plan\n  expected  the same `rollouts`"):
+    with pytest.raises(
+        InputError, match=r"another plan\n  expected  `rollouts_file` sha256:[0-9a-f]{17}…\n  actual    sha"
+    ):
         build(teacher_dir, other, output, part_positions=9)
 
 
-def test_another_teacher_is_another_plan(
-    teacher_dir: Path, other_teacher_dir: Path, rollouts_path: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "begun"
-    with pytest.raises(KeyboardInterrupt):
-        build(teacher_dir, rollouts_path, output, on_progress=stop_at_part(1, output))
-    with pytest.raises(InputError, match="was begun with another plan\n  expected  the same `teacher`"):
-        build(other_teacher_dir, rollouts_path, output)
+def test_another_teacher_is_another_plan(other_teacher_dir: Path, rollouts_path: Path, begun: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"another plan\n  expected  `teacher.weights` sha256:(?s:.)*`teacher.name` teacher"
+    ):
+        build(other_teacher_dir, rollouts_path, begun)
+
+
+def test_another_library_is_another_plan(teacher_dir: Path, rollouts_path: Path, begun: Path) -> None:
+    path = layout.building_directory(begun) / "plan.json"
+    found = json.loads(path.read_bytes())
+    found["versions"]["torch"] = "2.0.0"
+    path.write_bytes(strictjson.pretty(found))
+    with pytest.raises(
+        InputError, match=r"`versions.torch` 2\.0\.0\n  actual    .*\n\nhint: install what it was begun with"
+    ):
+        build(teacher_dir, rollouts_path, begun)
 
 
 # What is stored

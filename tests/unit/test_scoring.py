@@ -313,6 +313,10 @@ def assert_rounded(found: np.ndarray, exact: np.ndarray, grid: Grid | None) -> N
     assert np.abs(found - exact).max() <= grid.bound + 1e-6
 
 
+def ignore(tokens: int, positions: int) -> None:
+    pass
+
+
 def make_small_plan(teacher_dir: Path, path: Path, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Plan:
     return make_plan(
         teacher=str(teacher_dir),
@@ -336,14 +340,13 @@ def make_small_plan(teacher_dir: Path, path: Path, pairs: Sequence[tuple[Sequenc
 def test_a_rollout_that_cannot_be_scored_is_named_by_its_row(
     teacher_dir: Path, tmp_path: Path, prompt: list[int], response: list[int], said: str
 ) -> None:
-    plan = make_small_plan(teacher_dir, tmp_path, [([7], [8]), (prompt, response)])
     with pytest.raises(DataError, match=said):
-        score_part(plan, load_teacher(teacher_dir), 0, lambda count: None)
+        make_small_plan(teacher_dir, tmp_path, [([7], [8]), (prompt, response)])
 
 
 def test_a_rollout_as_long_as_the_context_is_scored(teacher_dir: Path, tmp_path: Path) -> None:
     plan = make_small_plan(teacher_dir, tmp_path, [([7] * 200, [8] * 56)])
-    part, _ = score_part(plan, load_teacher(teacher_dir), 0, lambda count: None)
+    part = score_part(plan, load_teacher(teacher_dir), 0, ignore).part
     assert len(part.sampled_logprobs) == 56
 
 
@@ -388,7 +391,7 @@ def test_a_teacher_that_leaves_out_a_row_is_refused(teacher_dir: Path, tmp_path:
     plan = make_small_plan(teacher_dir, tmp_path, [([7], [8, 9])])
     faulty = FaultyTeacher(good_scores_but(name, good(name)[1:]))
     with pytest.raises(DataError, match="rollout 0: the teacher gave another number of rows\n  expected  2"):
-        score_part(plan, faulty, 0, lambda count: None)
+        score_part(plan, faulty, 0, ignore)
 
 
 @pytest.mark.parametrize("name", ["sampled_logprobs", "logprobs", "tail_logprobs"])
@@ -398,11 +401,11 @@ def test_a_teacher_that_gives_no_number_is_refused(teacher_dir: Path, tmp_path: 
     values.flat[0] = np.nan
     faulty = FaultyTeacher(good_scores_but(name, values))
     with pytest.raises(DataError, match="rollout 0: the teacher gave log-probs that are not numbers"):
-        score_part(plan, faulty, 0, lambda count: None)
+        score_part(plan, faulty, 0, ignore)
 
 
 def test_a_logprob_a_hair_above_zero_is_stored_as_zero(teacher_dir: Path, tmp_path: Path) -> None:
     plan = replace(make_small_plan(teacher_dir, tmp_path, [([7], [8, 9])]), encoding=make_encoding(k_max=4, exact=True))
     sampled = np.array([1e-7, -2.0], np.float32)
-    part, _ = score_part(plan, FaultyTeacher(replace(GOOD_SCORES, sampled_logprobs=sampled)), 0, lambda count: None)
+    part = score_part(plan, FaultyTeacher(replace(GOOD_SCORES, sampled_logprobs=sampled)), 0, ignore).part
     assert part.sampled_logprobs.tolist() == [0.0, -2.0]
