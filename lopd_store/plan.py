@@ -39,7 +39,7 @@ MIN_PART_POSITIONS = 1 << 13
 MAX_PART_TOKENS = 1 << 24  # a part is closed here too, so that long prompts cannot make it large
 _MOST_PARTS = 60_000  # a manifest says about 1,000 bytes of each, and is at most 64 MiB
 _PARTS_WANTED = 16  # enough to share among workers and to lose little when killed
-# What can change a bit of a log-prob, or how arrays are packed; docs/adr/0014 says why a plan has them.
+# What can change a bit of a log-prob, or how arrays are packed; docs/adr/0016 says why a plan has them.
 _LIBRARIES = ("lopd", "torch", "transformers", "numpy", "numba", "pcodec", "numcodecs", "zarr", "pyarrow")
 
 
