@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,65 +10,27 @@ import pytest
 import lopd_store
 from lopd_store.errors import ArtifactError, InputError
 from tests.commands import run_command
+from tests.s3 import make_bucket, s3_server
 
 pytestmark = pytest.mark.system
-KEY, SECRET = "the-key", "the-secret-of-the-store"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of SeaweedFS."""
-    home = tmp_path_factory.mktemp("s3")
-    config = home / "s3.json"
-    rights = ["Admin", "Read", "Write", "List"]
-    identity = {"name": "lab", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": rights}
-    config.write_text(json.dumps({"identities": [identity]}))
-    ports = free_ports(7)
-    names = ("-s3.port", "-master.port", "-volume.port", "-filer.port")
-    flags = [f"{name}={port}" for name, port in zip(names, ports, strict=False)]
-    grpc = ("-s3.port.grpc", "-master.port.grpc", "-filer.port.grpc")
-    flags += [f"{name}={port}" for name, port in zip(grpc, ports[4:], strict=True)]
-    program = Path(sys.executable).with_name("weed")
-    with (home / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                *(str(program), "server", f"-dir={home}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"),
-                *(f"-s3.config={config}", "-volume.max=10", "-master.volumeSizeLimitMB=64"),
-                *("-s3.port.iceberg=0", "-s3.port.lance=0", *flags),
-            ],
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        endpoint = f"http://127.0.0.1:{ports[0]}"
-        wait_for(ports[0], process)
-        yield endpoint
-    finally:
-        process.kill()
-        process.wait()
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a server."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as environment:
+        yield environment
 
 
 @pytest.fixture
-def url(store: str, sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(store: dict[str, str], sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where a copy of the artifact lies; the environment has the credentials, as for any tool of S3."""
     import s3fs
 
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_ENDPOINT_URL": store,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }.items():
+    for name, value in {**store, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
+    make_bucket("lab")
     files = s3fs.S3FileSystem()
-    deadline = time.monotonic() + 60
-    while not files.exists("lab"):
-        with contextlib.suppress(OSError):  # it listens before it can
-            files.mkdir("lab")
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
     files.put(str(sealed), f"lab/{tmp_path.name}", recursive=True)
     return f"s3://lab/{tmp_path.name}"
 
@@ -113,25 +68,3 @@ def test_a_bucket_that_is_not_there_or_not_ours_says_so(url: str, monkeypatch: p
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(InputError, match="no access to"):
         lopd_store.open(url)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those that the kernel gives away."""
-    found: list[int] = []
-    for port in range(20_000 + os.getpid() % 5_000, 32_000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError
-
-
-def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        with socket.socket() as probe:
-            if not probe.connect_ex(("127.0.0.1", port)):
-                return
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)

