@@ -82,7 +82,7 @@ def joined(device: str) -> Iterator[World]:
         return
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(own_device(device))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:
         yield world

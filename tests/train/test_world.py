@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+
+from lopd_train.batches import micro_batches
+from lopd_train.world import ALONE, World, from_environment, own_device
+from tests.train.records import record
+
+
+def test_a_process_alone_does_nothing_with_the_others() -> None:
+    assert ALONE.is_first
+    assert ALONE.totals({"loss": 2.5}) == {"loss": 2.5}
+    assert ALONE.gather([3, 4]) == [3, 4]
+    assert ALONE.any(True)
+    assert not ALONE.any(False)
+
+
+def test_what_torchrun_says_is_which_process_this_is_and_which_gpu_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_device("cuda") == "cuda"
+    for name, value in {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}.items():
+        monkeypatch.setenv(name, value)
+    assert from_environment() == World(rank=9, size=16)
+    assert [own_device(device) for device in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+
+
+@pytest.mark.parametrize("share", [1, 2, 3, 8])
+def test_micro_batches_can_be_dealt_out_evenly(share: int) -> None:
+    records = [record([1], [2] * (5 + row % 7), row=row) for row in range(24)]
+    cut = micro_batches(records, max_tokens=50, share=share)
+    assert len(cut) % share == 0
+    assert sorted(item.row for some in cut for item in some) == list(range(24))
+    assert len(micro_batches(records[:2], max_tokens=50, share=8)) == 2  # one for each, and no more
