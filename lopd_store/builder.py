@@ -26,12 +26,13 @@ from lopd_store.digest import digest_bytes, digest_contents
 from lopd_store.durable import write_durably
 from lopd_store.encoding import Encoding, Rule, make_encoding
 from lopd_store.errors import DataError, InputError
-from lopd_store.handout import OnNote, OnProgress, torch_threads
+from lopd_store.handout import OnNote, OnProgress, check_server, torch_threads
 from lopd_store.manifest import Counts, Scoring, parse
 from lopd_store.plan import Plan, make_plan
 from lopd_store.remote import Remote, is_remote
 from lopd_store.scoring import is_done, note_path
 from lopd_store.survey import OnBad
+from lopd_store.teachers import require_engine
 from lopd_store.workers import count_workers, score_parts
 
 OnAudited = Callable[[int, int], None]  # positions of SFT data, positions in all
@@ -54,6 +55,9 @@ class Settings:
     text: bool = True
     on_bad_rollout: OnBad = "fail"
     engine: str = "transformers"
+    server: str | None = None
+    trust_server: bool = False
+    max_noise: float | None = None
     dtype: str = "float32"
     device: str | None = None
     workers: int | None = 1
@@ -64,6 +68,8 @@ class Settings:
 
     def plan(self) -> Plan:
         """Read the inputs and settle what is to be made."""
+        reference = None if self.reference is None else str(self.reference)
+        require_engine(self.engine, reference=reference, server=self.server)
         return make_plan(
             teacher=str(self.teacher),
             rollouts=Path(self.rollouts),
@@ -71,7 +77,8 @@ class Settings:
             sft_data=None if self.sft_data is None else Path(self.sft_data),
             encoding=self.encoding(),
             scoring=Scoring(engine=self.engine, dtype=self.dtype),
-            reference=None if self.reference is None else str(self.reference),
+            reference=reference,
+            server=self.server,
             text=self.text,
             device=self.device,
             threads=self.threads,
@@ -93,7 +100,7 @@ class Settings:
             if item.name == "text":
                 words += [] if value else ["--no-text"]
             elif isinstance(value, bool):
-                words += [f"--{item.name}"] if value else []
+                words += [f"--{item.name.replace('_', '-')}"] if value else []
             elif value is not None and (value != item.default or item.name == "workers"):  # unsaid, it means all
                 words += [f"--{item.name.replace('_', '-')}", str(value)]
         return words
@@ -114,6 +121,9 @@ def build(
     text: bool = True,
     on_bad_rollout: OnBad = "fail",
     engine: str = "transformers",
+    server: str | None = None,
+    trust_server: bool = False,
+    max_noise: float | None = None,
     dtype: str = "float32",
     device: str | None = None,
     workers: int | None = 1,
@@ -132,11 +142,14 @@ def build(
     `reference` is the policy that sampled the rollouts: given it, its own most likely ids are stored too, with the
     log-probs of both models, and the rollouts are audited under it.
     Without `text` the artifact has token ids and log-probs only. A rollout that cannot be scored is an error, or with
-    `on_bad_rollout="skip"` left out, which the manifest and build.json say. `workers` is the number of processes, None
-    for one per processor (a script that asks for several needs `if __name__ == "__main__":`); `threads` is the number
-    of CPU threads of each, which unlike `workers` can change the last bits of a log-prob. `ray` is the address of a
-    Ray cluster, or `local`, whose actors are the workers. The first Ctrl-C stops after the parts in hand, the second
-    at once; `on_note` hears lines for people.
+    `on_bad_rollout="skip"` left out, which the manifest and build.json say. `server` is the vLLM server of the engine
+    `http`; with `trust_server` its log-probs are not compared with the teacher's, which may be too large to run here.
+    Before the first part a few rollouts are scored twice, in other batches; a log-prob that changes by more than
+    `max_noise` nats is an error (None stands for 0.01 in float32 and 1 in half precision). `workers` is the number of
+    processes, None for one per processor (a script that asks for several needs `if __name__ == "__main__":`);
+    `threads` is the number of CPU threads of each, which unlike `workers` can change the last bits of a log-prob.
+    `ray` is the address of a Ray cluster, or `local`, whose actors are the workers. The first Ctrl-C stops after the
+    parts in hand, the second at once; `on_note` hears lines for people.
     """
     settings = Settings(
         teacher=teacher,
@@ -151,6 +164,9 @@ def build(
         text=text,
         on_bad_rollout=on_bad_rollout,
         engine=engine,
+        server=server,
+        trust_server=trust_server,
+        max_noise=max_noise,
         dtype=dtype,
         device=device,
         workers=workers,
@@ -282,6 +298,8 @@ def _scored(
     with in_progress.locked(building, share), in_progress.what_is_done_stays(building, share):
         _require_free(output, remote)  # another build may have sealed it while this one was planned
         in_progress.begin(building, plan, settings.command(str(output)))
+        if plan.server is not None:
+            check_server(plan, weights=not settings.trust_server)
         if remote is not None:
             remote.begin(plan, settings.command(str(output)))
         if share is None or share.index == 1:
@@ -295,6 +313,7 @@ def _scored(
             workers=workers,
             ray=settings.ray,
             on_bad=settings.on_bad_rollout,
+            max_noise=settings.max_noise,
             on_progress=on_progress,
             on_note=on_note,
             on_part=None if remote is None else remote.send,

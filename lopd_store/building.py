@@ -26,15 +26,17 @@ from lopd_store.digest import digest_bytes
 from lopd_store.durable import remove_unfinished, sync_directory, write_durably
 from lopd_store.errors import DataError, InputError, LopdError, UnavailableError
 from lopd_store.manifest import Counts, Manifest, render
+from lopd_store.noise import Noise
 from lopd_store.plan import Plan, differences
 from lopd_store.scoring import DONE, DoneNote, is_done, read_note
 from lopd_store.statistic import SftAudit, add_up
 
 PLAN = "plan.json"
+NOISE = "noise.json"  # of the engine, as it was before the first part
 COMMAND = "command.json"  # what was typed, for people who have to type it again
 SFT_AUDIT = "sft-audit.json"
 SKIPPED = "skipped_rollouts"  # in the manifest's annotations
-TOOLS = (PLAN, COMMAND, SFT_AUDIT)
+TOOLS = (PLAN, COMMAND, NOISE, SFT_AUDIT)
 _LOCK = "lock"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_DIFFERENCES = 4
@@ -77,6 +79,17 @@ def begin(building: Path, plan: Plan, command: Sequence[str]) -> None:
     (building / DONE).mkdir(exist_ok=True)
     write_durably(building / COMMAND, strictjson.pretty(list(command)))
     write_durably(path, strictjson.pretty(wanted))
+
+
+def write_noise(building: Path, noise: Noise) -> None:
+    """Note the noise of the engine; it merely happened, so it is in build.json and not in the manifest."""
+    write_durably(building / NOISE, strictjson.pretty(noise.to_json()))
+
+
+def read_noise(building: Path) -> dict[str, Any] | None:
+    """What was noted of the noise, or None where nothing was."""
+    path = building / NOISE
+    return dict(strictjson.loads(path.read_bytes(), where=str(path))) if path.is_file() else None
 
 
 def require_same(wanted: dict[str, Any], found: Any, where: str) -> None:
@@ -211,6 +224,7 @@ def write_seal(plan: Plan, building: Path, *, workers: int | None) -> bytes:
         "threads": plan.threads,
         "device": plan.device,
         "plan": plan.digest,
+        "noise": read_noise(building),
         "skipped": [{"row": bad.row, "why": bad.why} for bad in skipped],
         "python": platform.python_version(),
         "versions": plan.versions,

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from lopd_store.plan import Plan
 from lopd_store.scoring import DoneNote, is_done, read_note
-from lopd_store.teachers import Teacher, load
+from lopd_store.teachers import Teacher, http, load
 
 _MOST_RETRIES = 2
 Result = TypeVar("Result")
@@ -155,6 +155,21 @@ def load_teacher(plan: Plan) -> Teacher:
         device=plan.device,
         batch_tokens=plan.batch_tokens,
         reference=plan.reference_path,
+        server=plan.server,
+    )
+
+
+def check_server(plan: Plan, *, weights: bool) -> None:
+    """Refuse a server that does not run the teacher of the plan; see `teachers.http.check_server`."""
+    assert plan.server is not None
+    identity, dtype = plan.inputs.teacher, plan.inputs.scoring.dtype
+    http.check_server(
+        plan.server,
+        plan.teacher_path,
+        vocab_size=identity.vocab_size,
+        dtype=dtype,
+        device=plan.device,
+        weights=weights,
     )
 
 

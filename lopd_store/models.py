@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ PROVENANCE_FILE = "lopd-provenance.json"
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_LOGIT_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
 
 
@@ -166,16 +168,16 @@ class SplitModel:
 def split(model: Any) -> SplitModel:
     """Split a model, and prove on a short input that body and head give `model(...).logits`.
 
-    Raises DataError where they do not: a family that scales or caps its logits in a way we do not know.
+    What its family does to the logits after the head is looked for among what its config names. Raises DataError where
+    none of that gives the model's own logits: a family that scales or caps them in a way we do not know.
     """
     import torch
 
-    body, head, cap = model.base_model, model.get_output_embeddings(), None
-    if getattr(model.config, "final_logit_softcapping", None):
-        cap = float(model.config.final_logit_softcapping)
+    body, head = model.base_model, model.get_output_embeddings()
 
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
+    def logits(hidden: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
         values: torch.Tensor = head(hidden).float()
+        values = values if scale == 1 else values * scale
         return values if cap is None else cap * torch.tanh(values / cap)
 
     probe = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
@@ -183,16 +185,33 @@ def split(model: Any) -> SplitModel:
     model.eval()
     with torch.no_grad():
         expected = model(input_ids=probe).logits.float()
-        actual = logits(body(input_ids=probe).last_hidden_state)
+        hidden = body(input_ids=probe).last_hidden_state
     model.train(training)
-    if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-        raise DataError(
-            f"the head of a `{type(model).__name__}` is not understood",
-            expected="logits equal to the model's own",
-            actual=f"a difference of up to {float((actual - expected).abs().max()):.3g}",
-            hint="please report the model family; its logits are scaled in a way that lopd does not know",
-        )
-    return SplitModel(body=body, logits=logits, output_width=head.weight.shape[0])
+    tolerance = max(1e-3, 4 * torch.finfo(head.weight.dtype).eps)  # the model scales and caps in its own precision
+    differences = []
+    for scale, cap in _finishes(model.config):
+        with torch.no_grad():
+            actual = logits(hidden, scale, cap)
+        if torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+            return SplitModel(
+                body=body, logits=partial(logits, scale=scale, cap=cap), output_width=head.weight.shape[0]
+            )
+        differences.append(float((actual - expected).abs().max()))
+    raise DataError(
+        f"the head of a `{type(model).__name__}` is not understood",
+        expected="logits equal to the model's own",
+        actual=f"a difference of up to {min(differences):.3g}",
+        hint="please report the model family; its logits are scaled in a way that lopd does not know",
+    )
+
+
+def _finishes(config: Any) -> Iterator[tuple[float, float | None]]:
+    """The (scale, cap) that a config may mean for its logits; of one name one family divides, another multiplies."""
+    text = config.get_text_config()
+    named = [float(value) for name in _LOGIT_SCALES if (value := getattr(text, name, None))]
+    cap = getattr(text, "final_logit_softcapping", None)
+    for scale in [factor for value in named for factor in (value, 1 / value)] + [1.0]:
+        yield from ((scale, limit) for limit in ([float(cap)] if cap else []) + [None])
 
 
 def context_length(config: Any) -> int | None:

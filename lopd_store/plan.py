@@ -63,6 +63,7 @@ class Plan:
     reference_path: str | None  # likewise
     sft_data_path: str | None  # likewise
     sft_data: str | None  # digest of the SFT data to audit
+    server: str | None  # likewise
     inputs: Inputs
     encoding: Encoding
     reference_logprobs: bool
@@ -101,6 +102,7 @@ class Plan:
             teacher_path="",
             rollouts_path="",
             reference_path=None,
+            server=None,
             sft_data_path=None,
             inputs=read_inputs({name: value[name] for name in INPUTS_MEMBERS}, where),
             encoding=Encoding.from_json(value["encoding"], where=f"{where}: encoding", open_ended=False),
@@ -130,6 +132,7 @@ def make_plan(
     encoding: Encoding,
     scoring: Scoring,
     reference: str | None = None,
+    server: str | None = None,
     text: bool = True,
     device: str | None = None,
     threads: int = 1,
@@ -157,6 +160,7 @@ def make_plan(
         reference_path=reference,
         sft_data_path=None if sft_data is None else str(sft_data),
         sft_data=None if sft_data is None else _sft_data_digest(sft_data, provenance),
+        server=server,
         inputs=Inputs(
             teacher=identity,
             license=read_license(teacher),

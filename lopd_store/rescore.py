@@ -7,7 +7,7 @@ differ is not guessed: the rollouts are scored twice, in other batch shapes, and
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from lopd_store.errors import InputError
 from lopd_store.grid import Grid
 from lopd_store.identity import identify
 from lopd_store.manifest import Manifest
+from lopd_store.noise import MOST_NOISE, score_twice
 from lopd_store.reader import Artifact, StoredRollout
 from lopd_store.rollouts import Rollout
 from lopd_store.statistic import SftAudit
 from lopd_store.teachers import RolloutScores, load
 
+_ENGINE = "transformers"  # whatever scored before: it runs everywhere
 _BATCH_TOKENS = 4096
 _NOISE_FACTOR = 4  # the largest of few differences understates the largest of many
 _LEAST_NOISE = 1e-4  # nat
@@ -70,7 +72,7 @@ def rescore(
     stored = [artifact.rollout(index) for index in chosen]
     rollouts = [_rollout(one) for one in stored]
     engine = load(
-        inputs.scoring.engine,
+        _ENGINE,
         str(teacher),
         vocab_size=inputs.teacher.vocab_size,
         dtype=inputs.scoring.dtype,
@@ -78,23 +80,12 @@ def rescore(
         batch_tokens=_BATCH_TOKENS,
     )
 
-    def score(batch: Sequence[Rollout], before: int) -> list[RolloutScores]:
-        scores: dict[int, RolloutScores] = {}
-        for index, found in engine.score(batch, encoding.k_max):
-            scores[index] = found
-            if on_progress is not None:
-                on_progress(before + len(scores), 2 * len(rollouts))
-        return [scores[index] for index in range(len(batch))]
-
-    together = score(rollouts, 0)
-    alone = [score([rollout], len(rollouts) + index)[0] for index, rollout in enumerate(rollouts)]
-    noise = max(
-        (_largest(np.abs(a.sampled_logprobs - b.sampled_logprobs)) for a, b in zip(together, alone, strict=True)),
-        default=0.0,
-    )
-    tolerance = max(_NOISE_FACTOR * noise, _LEAST_NOISE)
+    scored, noise = score_twice(engine, rollouts, encoding.k_max, on_rollouts=on_progress)
+    tolerance = max(_NOISE_FACTOR * noise.largest, _LEAST_NOISE)
+    if inputs.scoring.engine != _ENGINE:  # whose arithmetic differs by more than the shape of a batch
+        tolerance = max(tolerance, MOST_NOISE.get(inputs.scoring.dtype, 1.0))
     findings, largest = [], 0.0
-    for index, one, scores in zip(chosen, stored, together, strict=True):
+    for index, one, scores in zip(chosen, stored, scored, strict=True):
         excess = np.maximum(
             _excess(one.sampled_logprobs, scores.sampled_logprobs, encoding.sampled_grid),
             _topk_excess(one, scores, encoding.topk_grid),
@@ -111,7 +102,7 @@ def rescore(
                     f"{excess[position]:.2g} nat",
                 )
             )
-    return Rescored(rollouts=tuple(chosen), noise=noise, difference=largest, findings=tuple(findings))
+    return Rescored(rollouts=tuple(chosen), noise=noise.largest, difference=largest, findings=tuple(findings))
 
 
 def audit_again(

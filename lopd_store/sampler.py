@@ -2,14 +2,18 @@
 
     generate(model="sft", prompts="prompts.jsonl", output="rollouts.parquet")
 
-The ids are kept as they were sampled, the stop token among them, with the log-prob of each at temperature 1. Every
-response has a random stream of its own, made from the seed and its row, so batches can be of any size.
+The ids are kept as they were sampled, the stop token among them, with the log-prob of each at temperature 1. A
+response also ends with the token that completes a stop string; nothing of it is cut. Every response has a random stream
+of its own, made from the seed and its row, so batches can be of any size.
+
+What is finished is kept in `rollouts.parquet.generating` until all is, and a run that was killed goes on from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from lopd_store import models
 from lopd_store.digest import digest_file
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import identify
+from lopd_store.journal import Journal
 from lopd_store.prompts import Prompt, read_prompts
 from lopd_store.provenance import RolloutsRecord, Sampling, read_checkpoint_record
 from lopd_store.rollouts import write_rollouts
@@ -46,6 +51,7 @@ def generate(
     max_response_tokens: int = 512,
     samples_per_prompt: int = 1,
     seed: int = 0,
+    stop: Sequence[str] = (),
     batch_size: int = 16,
     limit: int | None = None,
     dtype: str = "float32",
@@ -54,12 +60,15 @@ def generate(
 ) -> Generated:
     """Sample responses to every prompt and write them with their provenance.
 
+    A response that contains one of the strings of `stop` ends with the token that completes it.
     `on_progress` hears (responses finished, all responses, response tokens so far).
     """
     output, prompts = Path(output), Path(prompts)
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise InputError(f"`{name}` is out of range", expected="1 or more", actual=number)
+    if "" in stop:
+        raise InputError("a stop string is empty")
     sampling = _sampling(temperature, top_p, max_response_tokens, samples_per_prompt, seed)
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
@@ -79,7 +88,9 @@ def generate(
         prompts=digest_file(prompts).sha256,
         sampling=sampling,
     )
-    sampler = Sampler(loaded, sampling, models.stop_token_ids(loaded, tokenizer), policy.vocab_size)
+    sampler = Sampler(
+        loaded, sampling, models.stop_token_ids(loaded, tokenizer), policy.vocab_size, StopStrings(tokenizer, stop)
+    )
     total = len(rows) * samples_per_prompt
     finished = tokens = stopped = 0
 
@@ -87,30 +98,77 @@ def generate(
         if on_progress is not None:
             on_progress(finished, total, tokens + count)
 
-    def responses() -> Iterator[dict[str, Any]]:
+    def count(responses: Iterable[Response]) -> None:
         nonlocal finished, tokens, stopped
-        for start in range(0, total, batch_size):
-            batch = range(start, min(start + batch_size, total))
-            chosen = [rows[index // samples_per_prompt] for index in batch]
-            sampled = sampler.sample([prompt.ids for prompt in chosen], batch, on_tokens)
-            finished += len(sampled)
-            tokens += sum(len(response.ids) for response in sampled)
-            stopped += sum(response.finish_reason == "stop" for response in sampled)
-            on_tokens(0)
-            yield from (_row(prompt, response, tokenizer) for prompt, response in zip(chosen, sampled, strict=True))
+        for response in responses:
+            finished += 1
+            tokens += len(response.ids)
+            stopped += response.finish_reason == "stop"
+        on_tokens(0)
 
+    settings = {
+        "record": record.to_json(),
+        "rows": total,
+        "stop": list(stop),
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": device,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_rollouts(output, responses(), record)
+    with Journal(output.with_name(f"{output.name}.generating"), settings) as journal:
+        # Whole batches only: the last bits of a log-prob depend on who else is in the batch.
+        journal.keep(len(journal) if len(journal) == total else len(journal) // batch_size * batch_size)
+        count(map(Response.from_json, journal.rows()))
+        for start in range(finished, total, batch_size):
+            batch = range(start, min(start + batch_size, total))
+            prompt_ids = [rows[index // samples_per_prompt].ids for index in batch]
+            sampled = sampler.sample(prompt_ids, batch, on_tokens)
+            journal.append([response.to_json() for response in sampled])
+            count(sampled)
+        responses = map(Response.from_json, journal.rows())
+        chosen = (rows[index // samples_per_prompt] for index in range(total))
+        write_rollouts(output, map(partial(_row, tokenizer), chosen, responses), record)
+        journal.remove()
     return Generated(output=output, rollouts=finished, tokens=tokens, stopped=stopped)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One sampled response; the last id is the stop token where the reason is `stop`."""
+    """One sampled response; where the reason is `stop` the last id is the stop token, or completes a stop string."""
 
     ids: npt.NDArray[np.uint32]
     logprobs: npt.NDArray[np.float32]
     finish_reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; its numbers read back bit by bit."""
+        return {"ids": self.ids.tolist(), "logprobs": self.logprobs.tolist(), "finish_reason": self.finish_reason}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Response:
+        """Read what `to_json` gave."""
+        return cls(
+            ids=np.array(value["ids"], np.uint32),
+            logprobs=np.array(value["logprobs"], np.float32),
+            finish_reason=value["finish_reason"],
+        )
+
+
+class StopStrings:
+    """Looks for strings at the end of responses that grow by a token at a time."""
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        self._tokenizer, self._strings = tokenizer, strings
+        # A token has a byte at least, and the first one looked at may be the rest of a character.
+        self._tokens = max((len(string.encode()) for string in strings), default=0) + 4
+
+    def __bool__(self) -> bool:
+        return bool(self._strings)
+
+    def end(self, ids: list[int]) -> bool:
+        """Whether one of them stands in what the last of these tokens say."""
+        text = self._tokenizer.decode(ids[-self._tokens :], skip_special_tokens=False)
+        return any(string in text for string in self._strings)
 
 
 class Sampler:
@@ -119,13 +177,21 @@ class Sampler:
     Only ids below `vocab_size` are drawn: what a padded head says of the others is noise that no tokenizer can read.
     """
 
-    def __init__(self, model: Any, sampling: Sampling, stop_ids: tuple[int, ...], vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        sampling: Sampling,
+        stop_ids: tuple[int, ...],
+        vocab_size: int,
+        strings: StopStrings | None = None,
+    ) -> None:
         self._model = model
         assert sampling.temperature is not None and sampling.top_p is not None  # who samples knows how
         assert sampling.max_response_tokens is not None and sampling.seed is not None
         self._temperature, self._top_p = sampling.temperature, sampling.top_p
         self._limit, self._seed = sampling.max_response_tokens, sampling.seed
         self._vocab_size = vocab_size
+        self._strings = strings
         self._device = model.device
         self._stop = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
 
@@ -167,7 +233,7 @@ class Sampler:
             chosen = draw(known, uniforms[:, step], self._temperature, self._top_p)
             sampled[:, step] = chosen
             logprobs[:, step] = raw.gather(1, chosen[:, None])[:, 0]
-            ended = running & torch.isin(chosen, self._stop)
+            ended = running & (torch.isin(chosen, self._stop) | self._at_string(sampled[:, : step + 1]))
             lengths[ended] = step + 1
             running &= ~ended
             on_tokens(int(torch.where(running, step + 1, lengths).sum()))
@@ -182,6 +248,11 @@ class Sampler:
             )
             for row, length in enumerate(lengths.tolist())
         ]
+
+    def _at_string(self, sampled: torch.Tensor) -> torch.Tensor:
+        """Which of the responses so far end with a stop string."""
+        ended = [self._strings.end(ids) for ids in sampled.tolist()] if self._strings else [False] * len(sampled)
+        return torch.tensor(ended, device=self._device)
 
 
 def draw(
@@ -204,7 +275,7 @@ def draw(
     return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logprobs.shape[1] - 1)
 
 
-def _row(prompt: Prompt, response: Response, tokenizer: Any) -> dict[str, Any]:
+def _row(tokenizer: Any, prompt: Prompt, response: Response) -> dict[str, Any]:
     return {
         "prompt": prompt.text,
         "response": tokenizer.decode(response.ids, skip_special_tokens=False),

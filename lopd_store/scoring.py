@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from lopd_store import layout, strictjson, topk
 from lopd_store.digest import FileDigests, digest_contents
@@ -192,7 +193,7 @@ class _Scored:
     rollout: Rollout
     sampled_logprobs: Floats  # [positions]
     topk: TopK
-    mean_entropy: float
+    mean_entropy: float | None
 
 
 def _audit(plan: Plan, part: Part) -> Statistic | None:
@@ -213,7 +214,7 @@ def _audit(plan: Plan, part: Part) -> Statistic | None:
 
 
 def _select(plan: Plan, rollout: Rollout, scores: RolloutScores) -> _Scored:
-    encoding = plan.encoding
+    encoding, positions = plan.encoding, len(rollout.response_ids)
     if rollout.logprobs is None:
         rollout = replace(rollout, logprobs=scores.reference_sampled_logprobs)
     return _Scored(
@@ -225,7 +226,7 @@ def _select(plan: Plan, rollout: Rollout, scores: RolloutScores) -> _Scored:
             k_max=encoding.k_max,
             coverage=encoding.coverage,
         ),
-        mean_entropy=scores.entropies.mean() if len(scores.entropies) else 0,
+        mean_entropy=None if scores.entropies is None else float(scores.entropies.mean()) if positions else 0.0,
     )
 
 
@@ -254,7 +255,7 @@ def _assemble(plan: Plan, scored: list[_Scored]) -> tuple[Part, dict[str, Any]]:
         "prompt_length": part.prompt_lengths,
         "response_length": np.array([len(rollout.response_ids) for rollout in rollouts], np.int32),
         "mean_sampled_logprob": np.array([values.mean() if len(values) else 0 for values in sampled], np.float32),
-        "mean_entropy": np.array([one.mean_entropy for one in scored], np.float32),
+        "mean_entropy": pa.array([one.mean_entropy for one in scored], pa.float32()),
     }
     return part, columns
 

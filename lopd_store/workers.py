@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from lopd_store import models
+from lopd_store.building import read_noise, write_noise
 from lopd_store.cluster import score_on_ray
 from lopd_store.errors import InputError, UnavailableError
 from lopd_store.handout import Interrupts, OnNote, OnProgress, Tally, hand_out, load_teacher, torch_threads
+from lopd_store.noise import probe
 from lopd_store.plan import Plan
-from lopd_store.scoring import DoneNote, note_of, part_files, score_part, write_part
+from lopd_store.scoring import DoneNote, note_of, part_files, read_rollouts, score_part, write_part
 from lopd_store.survey import OnBad
+from lopd_store.teachers import Teacher
 
 OnPart = Callable[[int], None]  # the number of a part that is written
 
@@ -37,6 +40,7 @@ def score_parts(
     workers: int | None,
     ray: str | None = None,
     on_bad: OnBad = "fail",
+    max_noise: float | None = None,
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
     on_part: OnPart | None = None,
@@ -55,11 +59,14 @@ def score_parts(
         if on_part is not None:
             on_part(number)
 
+    teacher = None if read_noise(building) is not None else _probe(plan, building, tally.missing[0], max_noise)
+    if ray is not None or workers != 1:
+        teacher = None  # the workers load their own
     with Interrupts(on_note) as interrupts:
         if ray is not None:
             score_on_ray(plan, building, tally, finish, interrupts, address=ray, workers=workers, on_bad=on_bad)
         elif workers == 1:
-            _score_here(plan, building, tally, finish, interrupts, on_bad)
+            _score_here(plan, building, tally, finish, interrupts, on_bad, teacher)
         else:
             assert workers is not None
             _score_in_processes(plan, building, tally, finish, interrupts, min(workers, len(tally.missing)), on_bad)
@@ -76,7 +83,7 @@ def count_workers(asked: int | None, plan: Plan, parts: int) -> int:
         if asked < 1:
             raise InputError("`workers` is out of range", expected="1 or more", actual=asked)
         return min(asked, parts)
-    if plan.device != "cpu":
+    if plan.device != "cpu" or plan.inputs.scoring.engine != "transformers":
         return 1
     fit = _free_memory() // 2 // _teacher_bytes(plan)
     return max(1, min((os.cpu_count() or 1) // plan.threads, fit, parts))
@@ -93,6 +100,18 @@ def _teacher_bytes(plan: Plan) -> int:
     return sum(size * (2 if gguf is None else 8) for size, gguf in sizes)
 
 
+def _probe(plan: Plan, building: Path, number: int, max_noise: float | None) -> Teacher:
+    """The teacher, loaded, after its noise on this part is measured and noted."""
+    with torch_threads(plan.threads):
+        teacher = load_teacher(plan)
+        rollouts = read_rollouts(plan, number).values()
+        fitting = [
+            one for one in rollouts if teacher.context_length is None or len(one.token_ids) <= teacher.context_length
+        ]
+        write_noise(building, probe(teacher, fitting, plan.encoding.k_max, most=max_noise))
+    return teacher
+
+
 def _score_here(
     plan: Plan,
     building: Path,
@@ -100,13 +119,14 @@ def _score_here(
     finish: Callable[[int, DoneNote], None],
     interrupts: Interrupts,
     on_bad: OnBad,
+    teacher: Teacher | None,
 ) -> None:
     def on_scored(tokens: int, positions: int) -> None:
         interrupts.tell()
         tally.add(1, tokens, positions)
 
     with torch_threads(plan.threads):
-        teacher = load_teacher(plan)
+        teacher = teacher or load_teacher(plan)
         for number in tally.missing:
             if interrupts.asked:
                 break

@@ -28,24 +28,30 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_model(
-    directory: Path, *, seed: int = 0, layers: int = 2, vocab_size: int = 300, output_width: int | None = None
+    directory: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    vocab_size: int = 300,
+    output_width: int | None = None,
+    width: int = 32,
 ) -> Path:
     """A random model in `directory` as `save_pretrained` writes it; other seeds give other weights.
 
-    `vocab_size` is the tokenizer's; `output_width` the head's, padded where it is greater.
+    `vocab_size` is the tokenizer's; `output_width` the head's, padded where it is greater; `width` the hidden states'.
     """
     tokenizer = tiny_tokenizer(vocab_size)
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=output_width or len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        initializer_range=0.8,  # so that distributions are peaked, as a trained model's are
+        initializer_range=0.8 * 32 / width,  # so that distributions are peaked, as a trained model's are
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

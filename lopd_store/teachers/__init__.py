@@ -1,6 +1,10 @@
 """Teacher engines: anything that gives the distributions of a model over given token ids.
 
-One file per engine behind one protocol; `load` picks by name.
+One file per engine behind one protocol; `load` picks by name:
+
+    transformers    in this process: every quantity from the full distribution, the reference policy beside the teacher
+    vllm            in this process, by vLLM's kernels and scheduler
+    http            a running vLLM server
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from lopd_store.manifest import Scoring
 from lopd_store.rollouts import Rollout
 from lopd_store.topk import Candidates
 
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "vllm", "http")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class RolloutScores:
 
     sampled_logprobs: npt.NDArray[np.float32]  # [positions]
     candidates: Candidates  # k columns; with a reference policy the k of each
-    entropies: npt.NDArray[np.float32]  # [positions], in nats, of the full distribution
+    entropies: npt.NDArray[np.float32] | None  # [positions], in nats, of the full distribution, where it is known
     reference_sampled_logprobs: npt.NDArray[np.float32] | None = None  # [positions], where there is a reference policy
 
 
@@ -44,6 +48,21 @@ class Teacher(Protocol):
         """
 
 
+def require_engine(engine: str, *, reference: str | None, server: str | None) -> None:
+    """Raise InputError where there is no such engine, or it cannot do what is asked of it."""
+    if engine not in ENGINES:
+        raise InputError(f"there is no engine `{engine}`", expected=", ".join(ENGINES))
+    if engine != "transformers" and reference is not None:
+        raise InputError(
+            f"the {engine} engine does not score the reference policy yet",
+            hint="leave `--reference` out, or use `--engine transformers`",
+        )
+    if engine == "http" and server is None:
+        raise InputError("the http engine needs a server", hint="name it: `--server http://localhost:8000`")
+    if engine != "http" and server is not None:
+        raise InputError(f"the {engine} engine has no server", hint="add `--engine http`")
+
+
 def load(
     engine: str,
     model: str,
@@ -53,10 +72,19 @@ def load(
     device: str,
     batch_tokens: int,
     reference: str | None = None,
+    server: str | None = None,
 ) -> Teacher:
     """Load a teacher into an engine, and beside it the reference policy where one is named."""
-    if engine != "transformers":
-        raise InputError(f"there is no engine `{engine}`", expected=", ".join(ENGINES))
+    require_engine(engine, reference=reference, server=server)
+    if engine == "vllm":
+        from lopd_store.teachers.vllm import VllmTeacher
+
+        return VllmTeacher(model, vocab_size=vocab_size, dtype=dtype, batch_tokens=batch_tokens)
+    if engine == "http":
+        from lopd_store.teachers.http import HttpTeacher
+
+        assert server is not None
+        return HttpTeacher(model, server, vocab_size=vocab_size, dtype=dtype)
     from lopd_store.teachers.transformers import TransformersTeacher
 
     return TransformersTeacher(

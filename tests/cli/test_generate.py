@@ -7,11 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import lopd_store
+from lopd_store import models
 from lopd_store.rollouts import RolloutsFile
 from tests.commands import Ran, interrupt_command, run_command
 
@@ -192,13 +194,53 @@ def test_a_model_of_the_hub_that_cannot_be_fetched_leaves_the_question_open(prom
     assert ran.stderr.startswith("error: `acme/model` could not be fetched: ")
 
 
-def test_an_interrupted_generate_leaves_nothing(student_dir: Path, prompts_file: Path, here: Path) -> None:
+def test_an_interrupted_generate_goes_on_to_the_same_bytes(student_dir: Path, prompts_file: Path, here: Path) -> None:
+    command = ("lopd-store", "generate", "--model", student_dir, "--prompts", prompts_file, "--n", 30, "--output")
+    short = ("--max-response-tokens", 12)
+    journal = Path("rollouts.parquet.generating")
     ran = interrupt_command(
-        *("lopd-store", "generate", "--model", student_dir, "--prompts", prompts_file, "--output", "rollouts.parquet"),
-        *("--n", 1000, "--max-response-tokens", 200),
-        when=Path("rollouts.parquet.unfinished").exists,
+        *command, "rollouts.parquet", *short, when=lambda: journal.exists() and journal.stat().st_size > 20_000
     )
-    assert_refused(ran, 130, "interrupted; run the same command again, and it goes on where it can\n")
+    assert (ran.code, ran.stdout) == (130, "")
+    assert ran.stderr == "interrupted; run the same command again, and it goes on where it can\n"
+    assert [path.name for path in Path().glob("rollouts*")] == [journal.name]
+    kept = journal.read_bytes()
+    other = run_command(*command, "rollouts.parquet", *short, "--seed", 1)
+    assert (other.code, journal.read_bytes()) == (2, kept)
+    assert other.stderr.startswith(f"error: `{journal}` was begun with other settings\n  expected  the same `record`\n")
+    for name in ("rollouts.parquet", "undisturbed.parquet"):
+        assert run_command(*command, name, *short).code == 0
+    assert Path("rollouts.parquet").read_bytes() == Path("undisturbed.parquet").read_bytes()
+    assert not journal.exists()
+
+
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(
+    student_dir: Path, prompts_file: Path, here: Path
+) -> None:
+    options = ("--max-response-tokens", 24, "--n", 4)
+    assert generate(student_dir, prompts_file, *options).code == 0
+    free = RolloutsFile("rollouts.parquet").read()
+    texts = [one.response or "" for one in free]
+    stop = next(
+        text[i : i + 2]
+        for text in texts
+        for i in range(3, len(text) - 4)
+        if text[i : i + 2].isascii() and text[i : i + 2].isalpha()
+    )
+    Path("rollouts.parquet").unlink()
+    assert generate(student_dir, prompts_file, *options, "--stop", stop, "--stop", "never said").code == 0
+    ended = 0
+    for one, whole in zip(RolloutsFile("rollouts.parquet").read(), free, strict=True):
+        assert one.response is not None and whole.response is not None
+        count = len(one.response_ids)
+        np.testing.assert_array_equal(one.response_ids, whole.response_ids[:count])
+        assert (count < len(whole.response_ids)) <= (stop in one.response)
+        assert (stop in whole.response) == (stop in one.response)
+        if stop in one.response:
+            ended += 1
+            tokenizer = models.load_tokenizer(models.find(student_dir))
+            assert one.finish_reason == "stop" and stop not in tokenizer.decode(one.response_ids[:-1])
+    assert ended
 
 
 def test_an_output_that_exists_is_never_overwritten(student_dir: Path, prompts_file: Path, here: Path) -> None:

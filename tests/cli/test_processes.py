@@ -68,11 +68,11 @@ def test_an_error_in_a_worker_is_told_like_one_in_this_process(
 ) -> None:
     shutil.copytree(teacher_dir, "teacher")
     config = json.loads(Path("teacher/config.json").read_text())
-    Path("teacher/config.json").write_text(json.dumps({**config, "final_logit_softcapping": 3.0}))
+    Path("teacher/config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     build = ("build", "--teacher", "teacher", "--rollouts", rollouts_file, "--part-positions", 100)
     ran = run_command("lopd-store", *build, "--workers", 2, "--output", "artifact")
     assert (ran.code, ran.stdout) == (1, "")
-    assert ran.stderr.startswith("error: the head of a `LlamaForCausalLM` is not understood\n  expected  ")
+    assert ran.stderr.startswith("error: the weights of `teacher` are not those of its config\n  expected  ")
     assert ran == run_command("lopd-store", *build, "--workers", 1, "--output", "artifact")
     assert [path.name for path in here.iterdir()] == ["teacher"]
 

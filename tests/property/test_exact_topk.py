@@ -25,3 +25,20 @@ def test_of_equal_values_the_lowest_ids_are_kept(values: npt.NDArray[np.float32]
     for row, kept in zip(values.tolist(), ids.tolist(), strict=True):
         assert sorted(kept) == sorted(sorted(range(len(row)), key=lambda id: (-row[id], id))[:k])
     np.testing.assert_array_equal(top.numpy(), np.take_along_axis(values, ids.numpy(), axis=1))
+
+
+@given(
+    rows=st.integers(1, 4),
+    width=st.integers(600, 3000),
+    k=st.integers(1, 12),
+    levels=st.sampled_from([2, 5, 40, 10_000]),
+    seed=st.integers(0, 1 << 32),
+)
+def test_looking_at_some_blocks_of_a_large_vocabulary_finds_the_same(
+    rows: int, width: int, k: int, levels: int, seed: int
+) -> None:
+    values = np.random.default_rng(seed).integers(0, levels, (rows, width)).astype(np.float32)
+    top, ids = exact_topk(torch.from_numpy(values), k)
+    wanted = np.sort(np.lexsort((np.broadcast_to(np.arange(width), values.shape), -values), axis=-1)[:, :k], axis=1)
+    np.testing.assert_array_equal(np.sort(ids.numpy(), axis=1), wanted)
+    np.testing.assert_array_equal(top.numpy(), np.take_along_axis(values, ids.numpy(), axis=1))

@@ -65,3 +65,14 @@ def test_the_benchmark_of_the_hub_fills_its_table(tmp_path: Path) -> None:
     ):
         assert measured in ran.stdout
     assert not results.exists()
+
+
+@pytest.mark.system
+def test_the_benchmark_of_the_build_fills_its_table(tmp_path: Path) -> None:
+    results = tmp_path / "RESULTS.md"
+    command = [sys.executable, str(BENCHMARKS / "build.py"), "--small", "--results", str(results)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for measured in ("bare forward pass", "after the teacher", "peak memory, engine", "scores of", "two workers"):
+        assert measured in ran.stdout
+    assert not results.exists()

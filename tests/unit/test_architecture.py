@@ -12,14 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"lopd_store": ROOT / "lopd_store", "lopd_train": ROOT / "lopd_train", "lopd_cli": ROOT / "cli"}
+ENGINES = ["teachers", "teachers.flat", "teachers.transformers", "teachers.vllm", "teachers.http"]
 # A module imports only what stands before it, wherever in the file the import is: DESIGN.md, section 3.
 LAYERS = [
-    ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "compiled", "lookup", "pco"]),
+    ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "compiled", "lookup", "pco", "journal"]),
     ("remote", ["hub", "cache", "sources"]),
     ("models", ["models", "license", "weights", "identity", "provenance"]),
     ("values", ["grid", "topk", "encoding", "statistic", "manifest", "gate", "view"]),
     ("files", ["signatures", "container", "table", "part", "checks", "rollouts", "prompts", "listing", "card"]),
-    ("making", ["teachers", "teachers.transformers", "sampler", "audit", "differences"]),
+    ("making", [*ENGINES, "noise", "sampler", "audit", "differences"]),
     ("scoring", ["survey", "plan", "scoring", "building", "remote", "handout", "cluster", "workers"]),
     ("records", ["lineage", "declare"]),
     (

@@ -12,7 +12,30 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from lopd_store import models
 from lopd_store.errors import DataError, InputError, UnavailableError
@@ -162,28 +185,49 @@ SMALL = {
     "num_key_value_heads": 1,
     "head_dim": 8,
 }
+WITHOUT_HEAD_DIM = {name: value for name, value in SMALL.items() if name != "head_dim"}
 
 
-def test_body_and_head_give_the_logits_of_the_model(student_dir: Path) -> None:
-    model = models.load_model(models.find(student_dir))
+FAMILIES = {
+    "Llama": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False)),
+    "Llama, tied": (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "Qwen2": (Qwen2ForCausalLM, Qwen2Config(**WITHOUT_HEAD_DIM)),
+    "Qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL)),
+    "Qwen3, tied": (Qwen3ForCausalLM, Qwen3Config(**SMALL, tie_word_embeddings=True)),
+    "Qwen3 MoE": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**SMALL, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2),
+    ),
+    "Gemma 2": (Gemma2ForCausalLM, Gemma2Config(**SMALL, final_logit_softcapping=0.05)),
+    "Gemma 3": (Gemma3ForCausalLM, Gemma3TextConfig(**SMALL, final_logit_softcapping=0.05)),
+    "Gemma 3, not capped": (Gemma3ForCausalLM, Gemma3TextConfig(**SMALL)),
+    "Granite": (GraniteForCausalLM, GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=8.0)),
+    "Cohere": (CohereForCausalLM, CohereConfig(**WITHOUT_HEAD_DIM, logit_scale=0.0625, pad_token_id=0)),
+    "Cohere 2": (Cohere2ForCausalLM, Cohere2Config(**SMALL, logit_scale=0.25, pad_token_id=0)),
+    "Phi 3": (Phi3ForCausalLM, Phi3Config(**WITHOUT_HEAD_DIM, pad_token_id=0)),
+    "GPT-2": (GPT2LMHeadModel, GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_body_and_head_give_the_logits_of_the_model(family: str, dtype: torch.dtype) -> None:
+    kind, config = FAMILIES[family]
+    torch.manual_seed(0)
+    model = kind(config).to(dtype).eval()
     split = models.split(model)
     ids = torch.arange(20)[None]
-    hidden = split.body(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(split.logits(hidden), model(input_ids=ids).logits)
-    assert split.output_width == 300
-
-
-def test_capped_logits_are_capped() -> None:
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=0.05)).eval()
-    split = models.split(model)
-    ids = torch.arange(9)[None]
-    torch.testing.assert_close(split.logits(split.body(input_ids=ids).last_hidden_state), model(input_ids=ids).logits)
+    with torch.no_grad():
+        found, wanted = split.logits(split.body(input_ids=ids).last_hidden_state), model(input_ids=ids).logits.float()
+    assert (found.dtype, split.output_width) == (torch.float32, 30)
+    near = 1e-6 if dtype == torch.float32 else 2**-7  # one step of bfloat16: we scale and cap in float32
+    torch.testing.assert_close(found, wanted, rtol=near, atol=near * float(wanted.abs().max()))
 
 
 def test_a_head_that_scales_its_logits_in_an_unknown_way_is_refused() -> None:
     torch.manual_seed(0)
     model = Cohere2ForCausalLM(Cohere2Config(**SMALL, logit_scale=0.25, pad_token_id=0)).eval()
+    model.logit_scale = 0.3  # which nothing in the config tells
     with pytest.raises(DataError, match="the head of a `Cohere2ForCausalLM` is not understood"):
         models.split(model)
 

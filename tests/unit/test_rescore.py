@@ -10,7 +10,7 @@ import pytest
 import lopd_store
 from lopd_store.errors import InputError
 from lopd_store.rescore import rescore
-from tests.artifacts import change, read_first_part, replace_part
+from tests.artifacts import change, edit_manifest, read_first_part, replace_part
 
 ALL = 100  # more than there are
 
@@ -80,3 +80,17 @@ def test_rescoring_needs_a_teacher_and_a_teacher_rescoring(sealed: Path, teacher
         lopd_store.verify(sealed, rescore=1)
     with pytest.raises(InputError, match="`rescore` and `sft_data` take the `teacher`"):
         lopd_store.verify(sealed, teacher=teacher_dir)
+
+
+@pytest.mark.parametrize(("change_by", "codes"), [(0.006, []), (1.0, ["A090"])])
+def test_what_another_engine_scored_is_scored_again_by_the_embedded_one(
+    teacher_dir: Path, rollouts_path: Path, tmp_path: Path, change_by: float, codes: list[str]
+) -> None:
+    path = lopd_store.build(teacher=teacher_dir, rollouts=rollouts_path, output=tmp_path / "artifact", exact=True).path
+    sampled = read_first_part(path).sampled_logprobs
+    lowest = int(np.argmin(sampled))  # outside the top-k
+    replace_part(path, sampled_logprobs=change(sampled, lowest, sampled[lowest] - change_by))
+    manifest = path / "manifest.json"
+    manifest.write_bytes(edit_manifest(manifest.read_bytes(), "inputs", "scoring", "engine", value="http"))
+    report = lopd_store.verify(path, rescore=ALL, teacher=teacher_dir)
+    assert [found.code for found in report.findings] == codes

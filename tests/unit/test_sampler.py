@@ -241,10 +241,12 @@ def test_an_output_of_another_kind_is_refused(student_dir: Path, prompts: Path) 
         generate(student_dir, prompts, "rollouts.jsonl")
 
 
-def test_an_interrupted_run_leaves_nothing_behind(student_dir: Path, prompts: Path) -> None:
+def test_an_interrupted_run_leaves_no_rollouts_and_what_it_needs_to_go_on(student_dir: Path, prompts: Path) -> None:
     def interrupt(*numbers: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         generate(student_dir, prompts, on_progress=interrupt)
-    assert [path.name for path in prompts.parent.iterdir()] == ["prompts.jsonl"]
+    assert sorted(path.name for path in prompts.parent.iterdir()) == ["prompts.jsonl", "rollouts.parquet.generating"]
+    whole = ids(generate(student_dir, prompts, "whole.parquet"))
+    assert ids(generate(student_dir, prompts)) == whole

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopd_store
 from lopd_store.encoding import make_encoding
-from lopd_store.errors import DataError
+from lopd_store.errors import DataError, UnavailableError
 from lopd_store.grid import Grid
 from lopd_store.manifest import Scoring
 from lopd_store.plan import Plan, make_plan
@@ -101,6 +101,7 @@ def test_the_tail_is_the_measured_mass_outside_the_top_k(scores: list[RolloutSco
 
 def test_entropies_equal_the_dense_twin(scores: list[RolloutScores], twin: list[np.ndarray]) -> None:
     for found, dense in zip(scores, twin, strict=True):
+        assert found.entropies is not None
         np.testing.assert_allclose(found.entropies, [entropy(row) for row in dense], atol=10 * TOLERANCE)
 
 
@@ -249,7 +250,9 @@ def test_batches_stay_within_their_padded_size_and_hold_every_rollout_once() -> 
 
 
 def test_an_unknown_engine_is_refused_with_those_there_are(teacher_dir: Path) -> None:
-    with pytest.raises(lopd_store.InputError, match="there is no engine `abacus`\n  expected  transformers"):
+    with pytest.raises(
+        lopd_store.InputError, match="there is no engine `abacus`\n  expected  transformers, vllm, http"
+    ):
         load("abacus", str(teacher_dir), vocab_size=300, dtype="float32", device="cpu", batch_tokens=8)
 
 
@@ -409,3 +412,46 @@ def test_a_logprob_a_hair_above_zero_is_stored_as_zero(teacher_dir: Path, tmp_pa
     sampled = np.array([1e-7, -2.0], np.float32)
     part = score_part(plan, FaultyTeacher(replace(GOOD_SCORES, sampled_logprobs=sampled)), 0, ignore).part
     assert part.sampled_logprobs.tolist() == [0.0, -2.0]
+
+
+# Where memory runs out
+
+
+def with_room_for(teacher: TransformersTeacher, rows: int) -> list[int]:
+    """Let the body of a teacher ask for more than any machine has when a batch has more rows; notes how many had."""
+    seen: list[int] = []
+    (split,) = teacher._splits
+
+    def body(*, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        seen.append(len(input_ids))
+        if len(input_ids) > rows:
+            torch.empty(1 << 50)
+        return split.body(input_ids=input_ids, use_cache=use_cache)
+
+    teacher._splits = [replace(split, body=body)]
+    return seen
+
+
+def test_where_memory_runs_out_batches_are_halved_and_the_scores_are_those_of_such_batches(teacher_dir: Path) -> None:
+    rollouts = [rollout(*pair) for pair in random_pairs([(5, 15)] * 9)]
+    teacher = load_teacher(teacher_dir, batch_tokens=8 * 20)
+    seen = with_room_for(teacher, 3)
+    for _ in range(2):  # a part begins with whole batches, whatever happened in the one before
+        found = dict(teacher.score(rollouts, K))
+        for index, wanted in enumerate(score(teacher_dir, rollouts, batch_tokens=2 * 20)):
+            np.testing.assert_array_equal(found[index].sampled_logprobs, wanted.sampled_logprobs)
+            np.testing.assert_array_equal(found[index].candidates.ids, wanted.candidates.ids)
+    assert seen == 2 * [8, 4, 2, 2, 2, 2, 1]
+
+
+def test_a_rollout_that_fits_into_no_memory_is_said(teacher_dir: Path) -> None:
+    teacher = load_teacher(teacher_dir)
+    with_room_for(teacher, 0)
+    with pytest.raises(UnavailableError, match=r"a rollout of 12 tokens does not fit into the memory(?s:.)*hint: try"):
+        list(teacher.score([rollout([7] * 4, [8] * 8)], K))
+
+
+def test_an_error_that_is_not_about_memory_passes_through(teacher_dir: Path) -> None:
+    teacher = load_teacher(teacher_dir)
+    with pytest.raises(IndexError):  # the engine is for ids that the model has; `build` has looked
+        list(teacher.score([rollout([7], [400])], K))
