@@ -10,9 +10,8 @@ show some steps twice. A run that goes on is the same tracked run.
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,8 @@ from lopd_store.durable import write_durably
 from lopd_store.errors import InputError
 from lopd_train import OnMetrics, TrainConfig
 from lopd_train.world import from_environment
+
+from . import console
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 _PROJECT = "lopd"
@@ -38,7 +39,7 @@ def tracking(tracker: Tracker | None, output: Path, config: TrainConfig) -> Iter
     opened: list[_Opened] = []
 
     def on_metrics(step: int, metrics: Mapping[str, Any]) -> None:
-        with redirect_stdout(sys.stderr):  # stdout is for the answer
+        with console.libraries_on_stderr():
             if not opened:
                 folder = output.with_name(output.name + ".training") / "tracking"
                 opened.append(_OPEN[tracker](folder, _name(folder, output), step, config))
@@ -48,7 +49,7 @@ def tracking(tracker: Tracker | None, output: Path, config: TrainConfig) -> Iter
         yield on_metrics
     finally:
         if opened:
-            with redirect_stdout(sys.stderr):
+            with console.libraries_on_stderr():
                 opened[0][1]()
 
 

@@ -137,6 +137,7 @@ def environment(package: str) -> Environment:
     )
     found.filters["code"] = _code
     found.filters["plain"] = _plain
+    found.filters["number"] = lambda number: "unknown" if number is None else f"{number:g}"
     found.filters["license"] = lambda license: "unknown" if license == UNKNOWN_LICENSE else _code(license)
     found.filters["audit"] = lambda audit: f"**{audit.verdict}**: {audit}"
     return found
