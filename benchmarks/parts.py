@@ -71,7 +71,9 @@ def write_artifact(
     data = made_up() if source is None else Distributions.load(source)
     part = repeat_part(make_part(data, encoding), positions)
     (directory / layout.PARTS).mkdir(parents=True)
-    encode(part.slice(0, 1), encoding)  # the machine code of compiled loops is loaded once, whatever the size
+    # What is loaded once, whatever the size: the machine code of compiled loops, and what pyarrow looks for.
+    encode(part.slice(0, 1), encoding)
+    rollouts_file({"prompt_length": part.prompt_lengths[:1], "response_length": part.prompt_lengths[:1]})
     started = time.perf_counter()
     entries = []
     for number in range(parts):
