@@ -11,6 +11,7 @@ from lopd_store.declare import declare_checkpoint, declare_rollouts
 from lopd_store.identity import ModelIdentity
 
 from . import console
+from .options import Json
 
 app = typer.Typer(
     help="Declare who sampled or fine-tuned what our tools did not make; it stays marked as declared.",
@@ -26,7 +27,6 @@ TopPOption = Annotated[
     float | None, typer.Option(metavar="P", help="Mass that it was drawn from, where that is known.")
 ]
 PromptsOption = Annotated[Path | None, typer.Option(metavar="FILE", help="The prompts, where they are a file.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
 @app.command("sft-data")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,27 +9,12 @@ import typer
 
 import lopd_store
 from lopd_store.catalog import Found
-from lopd_store.errors import InputError
 
 from . import console, facts
+from .options import Json, OnlyOption, PartsOption, SignedByOption, parse_parts
 
 app = typer.Typer()
 
-
-class Only(StrEnum):
-    """Views that can be asked for by name."""
-
-    sampled = "sampled"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
-SignedByOption = Annotated[
-    str | None, typer.Option(metavar="KEY", help="Only if this public key, or the one in this file, has signed it.")
-]
-OnlyOption = Annotated[
-    Only | None, typer.Option(metavar="VIEW", help="`sampled`: token files alone, enough for that objective.")
-]
-PartsOption = Annotated[str | None, typer.Option(metavar="A:B", help="Parts A to B - 1, counted from 0.")]
 LimitOption = Annotated[int, typer.Option(metavar="N", min=1, help="Show at most so many.")]
 _MODEL_HELP = "A model, or the digest of its {}, sha256:…"
 
@@ -115,16 +99,6 @@ def search(
 ) -> None:
     """Find artifacts on the Hub whose teacher, or tokenizer, is this one."""
     _answer(lopd_store.search(owner=owner, teacher=teacher, tokenizer=tokenizer, limit=limit), json)
-
-
-def parse_parts(text: str | None) -> range | None:
-    """The range of `--parts A:B`."""
-    if text is None:
-        return None
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdecimal() and stop.isdecimal()):
-        raise InputError(f"`--parts {text}` is not a range of parts", expected="A:B, for example 0:4")
-    return range(int(start), int(stop))
 
 
 def _answer(found: list[Found], json: bool) -> None:

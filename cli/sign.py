@@ -10,10 +10,9 @@ import typer
 from lopd_store import signatures
 
 from . import console
+from .options import Json
 
 app = typer.Typer()
-
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
 @app.command()

@@ -119,7 +119,9 @@ def verify(
         return _verify_listing(sources.find(path))
     directory = Path(path)
     if (bool(rescore) or sft_data is not None) != (teacher is not None):
-        raise InputError("`rescore` and `sft_data` take the `teacher`, and it them", hint="--rescore 8 --teacher MODEL")
+        raise InputError(
+            "`teacher` goes with `rescore` or `sft_data`, and they with it", hint="--rescore 8 --teacher MODEL"
+        )
     if quick and signed_by is not None:  # who signs vouches for sha256, not for xxh3
         raise InputError("a quick verification does not reach as far as a signature", hint="leave out `--quick`")
     signer = None if signed_by is None else signatures.read_public_key(signed_by)

@@ -194,4 +194,4 @@ def test_sft_data_can_be_audited_again(teacher_dir: Path, rollouts_file: Path, s
     ran = run_command("lopd-store", "verify", artifact, "--teacher", teacher_dir, "--sft-data", sft_file)
     assert (ran.code, ran.stderr) == (0, "") and " positions of SFT data audited again, sha256:" in ran.stdout
     alone = run_command("lopd-store", "verify", artifact, "--sft-data", sft_file)
-    assert alone.code == 2 and "`rescore` and `sft_data` take the `teacher`" in alone.stderr
+    assert alone.code == 2 and "`teacher` goes with `rescore` or `sft_data`" in alone.stderr

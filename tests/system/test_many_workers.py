@@ -60,7 +60,6 @@ def test_two_shares_make_the_artifact_of_one_worker(build: tuple[object, ...], w
 
 
 def test_a_ray_cluster_makes_the_artifact_of_one_worker(build: tuple[object, ...], wanted: str) -> None:
-    pytest.importorskip("ray")
     ran = run_process("lopd-store", *build, "--ray", "local", "--workers", 2, "--json")
     assert ran.code == 0 and ran.json["fingerprint"] == wanted, ran.stderr
 
@@ -68,7 +67,8 @@ def test_a_ray_cluster_makes_the_artifact_of_one_worker(build: tuple[object, ...
 def test_the_part_of_an_actor_that_was_killed_is_done_again(
     build: tuple[object, ...], wanted: str, tmp_path: Path
 ) -> None:
-    ray = pytest.importorskip("ray")
+    import ray
+
     killed: list[int] = []
 
     def kill_an_actor() -> None:
@@ -105,6 +105,5 @@ def actors() -> list[int]:
 
 
 def test_an_error_on_a_cluster_is_told_like_one_in_this_process(build: tuple[object, ...], tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     ran = run_process("lopd-store", *build, "--ray", "127.0.0.1:1", "--workers", 2)
     assert ran.code == 3 and "error: no Ray cluster at `127.0.0.1:1`" in ran.stderr

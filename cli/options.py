@@ -1,0 +1,60 @@
+"""Options and arguments that several commands of `lopd-store` share, so that one thing has one name and one help."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from lopd_store.errors import InputError
+
+
+class Dtype(StrEnum):
+    """Precision in which a model runs."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Only(StrEnum):
+    """Views that can be asked for by name."""
+
+    sampled = "sampled"
+
+
+def choices(kind: type[StrEnum]) -> str:
+    return ", ".join(kind)
+
+
+SAMPLING, STORED, RUNNING = "Sampling", "What is stored", "How it runs"  # headings in the help
+
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+MODEL_HELP = "A directory of safetensors, a GGUF file, a PEFT adapter, or a Hub id."
+ModelOption = Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)]
+ArtifactArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="The artifact's directory, or its URL: hf://OWNER/NAME@TAG, s3://…")
+]
+DtypeOption = Annotated[Dtype, typer.Option(metavar="DTYPE", help=choices(Dtype), rich_help_panel=RUNNING)]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu or cuda; by default cuda where there is one.", rich_help_panel=RUNNING),
+]
+SignedByOption = Annotated[
+    str | None, typer.Option(metavar="KEY", help="Only if this public key, or the one in this file, has signed it.")
+]
+OnlyOption = Annotated[
+    Only | None, typer.Option(metavar="VIEW", help="`sampled`: token files alone, enough for that objective.")
+]
+PartsOption = Annotated[str | None, typer.Option(metavar="A:B", help="Parts A to B - 1, counted from 0.")]
+
+
+def parse_parts(text: str | None) -> range | None:
+    """The range of `--parts A:B`."""
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise InputError(f"`--parts {text}` is not a range of parts", expected="A:B, for example 0:4")
+    return range(int(start), int(stop))
