@@ -40,7 +40,9 @@ def run(app: typer.Typer) -> NoReturn:
     if not _stderr.is_interactive:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would fill a log
     try:
-        code = app(standalone_mode=False) or 0
+        command = typer.main.get_command(app)
+        _name_no_type_of_flags(command)
+        code = command(standalone_mode=False) or 0
     except LopdError as error:
         fail(error)
         code = error.exit_code
@@ -171,6 +173,15 @@ def progress(description: str, unit: str, *, at_once: bool = True) -> Iterator[M
         yield Meter(description, unit, bar)
     finally:
         bar.stop()
+
+
+def _name_no_type_of_flags(command: Any) -> None:
+    """In the help: `--json`, which takes no value, and not `--json <bool>`."""
+    for option in command.params:
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+    for below in getattr(command, "commands", {}).values():
+        _name_no_type_of_flags(below)
 
 
 def _fail_usage(error: TyperException) -> int:

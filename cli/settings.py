@@ -50,6 +50,15 @@ def read(path: str | Path, defaults: TrainConfig) -> TrainConfig:
     return replace(defaults, **values)
 
 
+def shown(kind: Any, sentence: str) -> tuple[str | None, str]:
+    """How the help shows a setting of this type: what stands for its value, and what it means."""
+    if get_origin(kind) is Literal:
+        return "NAME", f"{sentence} ({', '.join(get_args(kind))})"
+    names = {tuple: "X X", int: "N", float: "X", str: "TEXT"}
+    kinds = (kind, get_origin(kind), *get_args(kind))
+    return next((name for known, name in names.items() if known in kinds), None), sentence
+
+
 def _typed(kind: Any, value: Any) -> Any:
     """A value of TOML as one of this type, or None where it is none; which values make sense is for `TrainConfig`."""
     choices = [choice for choice in get_args(kind) if choice is not type(None)]

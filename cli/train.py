@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -36,7 +36,10 @@ _WATCHED = ("loss", "reverse_kl", "advantage", "entropy", "coverage", "grad_norm
 ConfigOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="TOML with any of the settings below, as in configs/.")
 ]
-Track = Annotated[Tracker | None, typer.Option(help="Where the metrics go beside metrics.jsonl.")]
+Track = Annotated[
+    Tracker | None,
+    typer.Option(metavar="NAME", help=f"Where metrics go beside metrics.jsonl: {', '.join(get_args(Tracker))}."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
@@ -55,12 +58,13 @@ def with_config(defaults: TrainConfig) -> Callable[[Callable[..., None]], Callab
     kinds = get_type_hints(TrainConfig)
 
     def option(name: str) -> inspect.Parameter:
-        help_text = typer.Option(help=help_of(name), rich_help_panel="Settings")
+        metavar, help_text = settings.shown(kinds[name], help_of(name))
+        option = typer.Option(metavar=metavar, help=help_text, rich_help_panel="Settings")
         return inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=getattr(defaults, name),
-            annotation=Annotated[kinds[name], help_text],
+            annotation=Annotated[kinds[name], option],
         )
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

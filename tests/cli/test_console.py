@@ -106,6 +106,14 @@ def test_the_help_of_a_long_command_is_in_groups_and_shows_defaults() -> None:
     assert re.search(r"--coverage (.*\n){0,2}.*0\.99", text)
 
 
+@pytest.mark.parametrize("command", [("lopd-store", "build"), ("lopd-train", "opd")])
+def test_the_help_says_what_to_type_and_not_how_it_is_parsed(command: tuple[str, str]) -> None:
+    text = run_command(*command, "--help").stdout
+    of_help = r"--help .*<bool>"
+    assert re.findall("<.*>", re.sub(of_help, "", text)) == []
+    assert re.search(r"--json +Answer", text)
+
+
 def test_a_table_is_as_wide_as_its_cells(capsys: pytest.CaptureFixture[str]) -> None:
     console.table([("a", "x" * 300, ""), ("bcd", "[bold]", "y")], header=("one", "two", "three"))
     assert capsys.readouterr().out.splitlines() == [
