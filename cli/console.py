@@ -115,12 +115,16 @@ def libraries_on_stderr() -> Iterator[None]:
 class Meter:
     """Progress of one piece of work; `update` it with how much is done."""
 
-    def __init__(self, description: str, unit: str, bar: Progress | None) -> None:
+    def __init__(self, description: str, unit: str, bar: Progress | None, *, visible: bool = True) -> None:
         self._description, self._unit, self._bar = description, unit, bar
-        self._task = None if bar is None else bar.add_task(description, total=None, words="…")
+        self._task = None if bar is None else bar.add_task(description, total=None, visible=visible, words="…")
         self._first: tuple[float, float] | None = None  # when the first update came, and how much was done by then
         self._also: tuple[float, str] | None = None  # likewise, of something else that is counted
         self._last_line = time.monotonic()
+
+    def beside(self, description: str) -> Meter:
+        """Progress of other work at the same time, counted in the same unit, and shown from its first update on."""
+        return Meter(description, self._unit, self._bar, visible=False)
 
     def update(
         self, done: float, total: float | None = None, text: str = "", also: tuple[float, str] | None = None
@@ -137,8 +141,9 @@ class Meter:
             text = ", ".join([f"{_amount(rate, also[1])}/s", *([text] if text else [])])
         if self._bar is not None and self._task is not None:
             self._bar.start()
-            self._bar.update(self._task, completed=done, total=total, words=escape(self._words(now, done, total, text)))
-            if done == total:
+            words = escape(self._words(now, done, total, text))
+            self._bar.update(self._task, completed=done, total=total, visible=True, words=words)
+            if self._bar.finished:
                 self._bar.stop()  # what comes next may have a bar of its own
         elif now - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = now

@@ -28,14 +28,14 @@ def push(
     json: Json = False,
 ) -> None:
     """Verify an artifact and push it to a dataset repository on the Hub; run again, it goes on where it was."""
-    with console.progress("verify", "bytes") as verified, console.progress("push", "bytes", at_once=False) as sent:
+    with console.progress("verify", "bytes") as verified:
         pushed = lopd_store.push(
             artifact,
             repository,
             private=private,
             create_pr=create_pr,
             on_bytes=verified.update,
-            on_upload=sent.update,
+            on_upload=verified.beside("push").update,
         )
     if json:
         console.answer(vars(pushed))
@@ -61,10 +61,7 @@ def pull(
     json: Json = False,
 ) -> None:
     """Download an artifact, or a part of one, and verify it; run again, it goes on where it was."""
-    with (
-        console.progress("pull", "bytes", at_once=False) as come,
-        console.progress("verify", "bytes", at_once=False) as verified,
-    ):
+    with console.progress("pull", "bytes", at_once=False) as come:
         artifact = lopd_store.pull(
             place,
             output=output,
@@ -74,7 +71,7 @@ def pull(
             parts=parse_parts(parts),
             signed_by=signed_by,
             on_download=come.update,
-            on_bytes=verified.update,
+            on_bytes=come.beside("verify").update,
         )
     facts.answer(artifact, json)
 

@@ -3,16 +3,17 @@
     pull("acme/dapo-17k-qwen3-8b", output="artifact", fingerprint="sha256:…")
     pull("acme/dapo-17k-qwen3-8b@lopd-0123456789ab", only="sampled")        # into the cache
 
-The manifest comes first; what the source says of its files is compared with it before any is downloaded, and the bytes
-after. Until then they lie in `output.pulling`, where an interrupted pull goes on.
+The manifest comes first; what the source says of its files is compared with it before any is downloaded, and each part
+is verified as soon as it is there, beside the download of the next. Until all are right they lie in `output.pulling`,
+where an interrupted pull goes on.
 """
 
 from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,18 +80,24 @@ def pull(
                 write_durably(pulling / layout.SIGNATURES, found)
             if signer is not None:
                 signatures.require(signatures.read(pulling), remote.fingerprint, signer)
-            _fetch(source, remote.manifest, view, pulling, on_download)
             if not view.is_whole(remote.manifest):
                 write_view(pulling, view, remote.fingerprint)
-            verify(pulling, signed_by=signer, on_bytes=on_bytes).require_ok()
+            with _downloads(source, remote.manifest, view, pulling, on_download) as arriving:
+                verify(pulling, signed_by=signer, on_bytes=on_bytes, arriving=arriving).require_ok()
     shutil.rmtree(pulling / _CLIENT_NOTES)
     pulling.rename(target)
     sync_directory(target.parent)
     return open(target)
 
 
-def _fetch(source: sources.Source, manifest: Manifest, view: View, pulling: Path, on_download: OnBytes | None) -> None:
-    """Download the files of the view side by side, but for those that are there from last time."""
+@contextmanager
+def _downloads(
+    source: sources.Source, manifest: Manifest, view: View, pulling: Path, on_download: OnBytes | None
+) -> Iterator[Iterator[int]]:
+    """Download the files of the view side by side, but for those that are there from last time.
+
+    Gives the numbers of its parts, each once its files are there; at the end everything is.
+    """
     listed = source.listing()
     for found in check_listing(manifest, view, listed):
         raise found.to_error()
@@ -104,12 +111,23 @@ def _fetch(source: sources.Source, manifest: Manifest, view: View, pulling: Path
     counter = _Counter(total - sum(sizes[name] for name in missing), total, on_download)
     with ThreadPoolExecutor(max_workers=_WORKERS) as pool:
         try:
-            for future in [pool.submit(source.fetch, name, pulling, counter.add) for name in missing]:
+            coming = {name: pool.submit(source.fetch, name, pulling, counter.add) for name in missing}
+            yield _arriving(view, coming)
+            for future in coming.values():
                 future.result()
         except BaseException:
             counter.stopped = True
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _arriving(view: View, coming: Mapping[str, Future[None]]) -> Iterator[int]:
+    """The numbers of the parts, each once nothing of it is still coming."""
+    for number in view.parts:
+        for kind in view.kinds:
+            if (future := coming.get(layout.part_file(number, kind))) is not None:
+                future.result()
+        yield number
 
 
 class _Stopped(BaseException):

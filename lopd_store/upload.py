@@ -2,9 +2,10 @@
 
     push("artifact", "acme/dapo-17k-qwen3-8b")
 
-First the parts go up as LFS objects, which nobody sees; then one commit puts them, manifest, card and signatures in the
-place of what was there; then the tag. An artifact of very many files takes several commits: the first takes the
-manifest of the other artifact away, the last brings the new one. Whatever is there already is not sent again.
+First the parts go up as LFS objects, which nobody sees, each once it is verified and beside the verification of the
+next; then, if all are right, one commit puts them, manifest, card and signatures in the place of what was there; then
+the tag. An artifact of very many files takes several commits: the first takes the manifest of the other artifact away,
+the last brings the new one. Whatever is there already is not sent again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd_store import layout
 from lopd_store.card import UNNAMED, merge_card, render_card
+from lopd_store.digest import FileDigests
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.hub import check_repository, hub_errors, tag_of
 from lopd_store.reader import Artifact, open
@@ -27,7 +29,8 @@ from lopd_store.verifier import OnBytes, verify
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-_GROUP_BYTES, _GROUP_FILES = 256 << 20, 256  # sent before progress is told again
+_FIRST_BYTES, _STEP_BYTES = 16 << 20, 256 << 20  # sent before progress is told again; little at first, to begin early
+_STEP_FILES = 256
 _FILES_PER_COMMIT = 1000
 _MAX_CARD_BYTES = 1 << 20
 
@@ -67,75 +70,124 @@ def push(
     artifact = open(directory)
     if not artifact.view.is_whole(artifact.manifest):
         raise InputError(f"`{directory}` is a partial copy", hint="push the whole artifact; who pulls may take a part")
-    verify(directory, on_bytes=on_bytes).require_ok()
+    verify(directory, quick=True).require_ok()  # what is damaged is refused before the Hub hears of it
     api, tag = HfApi(), tag_of(artifact.fingerprint)
+    branch = _Branch(api=api, repository=repository)
     with hub_errors(repository), _without_bars():
         if create_pr:
             request = _pull_request(api, repository, f"Add {tag}")
-            _send(api, artifact, repository, request.git_reference, on_upload)
+            _send(replace(branch, name=request.git_reference), artifact, on_bytes, on_upload)
             if request.status == "draft":
                 api.change_discussion_status(repository, request.num, "open", repo_type="dataset")
             return Pushed(repository=repository, fingerprint=artifact.fingerprint, tag=None, url=request.url)
         url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        commit = _send(api, artifact, repository, None, on_upload)
+        commit = _send(branch, artifact, on_bytes, on_upload)
         _tag(api, repository, tag, commit, signed=(directory / layout.SIGNATURES).is_file())
     return Pushed(repository=repository, fingerprint=artifact.fingerprint, tag=tag, url=f"{url}/tree/{tag}")
 
 
-def _send(api: HfApi, artifact: Artifact, repository: str, branch: str | None, on_upload: OnBytes | None) -> str:
-    """Make the branch hold the artifact, and return the commit; raises where somebody else changes it meanwhile."""
+@dataclass(frozen=True, kw_only=True)
+class _Branch:
+    """A branch of a repository, to be written to."""
+
+    api: HfApi
+    repository: str
+    name: str | None = None  # the main branch
+
+    def upload(self, files: Sequence[CommitOperationAdd]) -> None:
+        """Send the bytes of files, where they are not there already; a later commit makes them seen."""
+        self.api.preupload_lfs_files(self.repository, files, repo_type="dataset", revision=self.name, free_memory=False)
+
+    def commit(self, operations: Sequence[CommitOperationAdd | CommitOperationDelete], title: str, parent: str) -> str:
+        """Change it all at once, and return the commit; raises where the branch is not at this parent any more."""
+        return self.api.create_commit(
+            self.repository,
+            operations,
+            repo_type="dataset",
+            commit_message=title,
+            revision=self.name,
+            parent_commit=parent,
+        ).oid
+
+
+def _send(branch: _Branch, artifact: Artifact, on_bytes: OnBytes | None, on_upload: OnBytes | None) -> str:
+    """Verify the artifact, make the branch hold it, and return the commit; raises where somebody else changes it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    title = f"Add {tag_of(artifact.fingerprint)}"
-    head = HubSource(repository=repository, revision=branch)
+    head = HubSource(repository=branch.repository, revision=branch.name)
     there, parent = head.listing(), head.commit
     wanted = {
         layout.part_file(number, kind): digests
         for number, part in enumerate(artifact.manifest.parts)
         for kind, digests in part.files.items()
     }
-    missing = [path for path in wanted if path not in there or there[path].sha256 != wanted[path].sha256]
-    documents = _documents(artifact, repository, head, there)
+    missing = {
+        path: digests for path, digests in wanted.items() if path not in there or there[path].sha256 != digests.sha256
+    }
+    parts = _upload_parts(branch, artifact, missing, on_bytes, on_upload)
+    documents = _documents(artifact, head, there)
     changed = {path: data for path, data in documents.items() if not _is_there(there.get(path), data)}
     of_another = {layout.BUILD_RECORD, layout.SIGNATURES} - documents.keys() if layout.MANIFEST in changed else set()
     stale = sorted(
         path for path in there if path in of_another or (path.startswith(f"{layout.PARTS}/") and path not in wanted)
     )
-    sent, total = 0, sum(wanted[path].size for path in missing)
-    waiting: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path) for path in stale]
-    if len(missing) > _FILES_PER_COMMIT and layout.MANIFEST in there:
-        waiting.append(CommitOperationDelete(layout.MANIFEST))
-        changed = changed | {layout.MANIFEST: artifact.manifest_bytes}
+    takes_several = len(parts) > _FILES_PER_COMMIT
+    if takes_several and layout.MANIFEST in there:
+        stale.insert(0, layout.MANIFEST)
+        changed[layout.MANIFEST] = artifact.manifest_bytes
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationDelete(path) for path in stale),
+        *parts,
+        *(CommitOperationAdd(path, data) for path, data in changed.items()),
+    ]
+    step = _FILES_PER_COMMIT if takes_several else max(len(operations), 1)
+    for start in range(0, len(operations), step):
+        parent = branch.commit(operations[start : start + step], f"Add {tag_of(artifact.fingerprint)}", parent)
+    return parent
 
-    def commit(operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> str:
-        return api.create_commit(
-            repository,
-            operations,
-            repo_type="dataset",
-            commit_message=title,
-            revision=branch,
-            parent_commit=parent,
-        ).oid
 
-    for group in _groups({path: wanted[path].size for path in missing}):
-        additions = [CommitOperationAdd(path, artifact.path / path) for path in group]
-        api.preupload_lfs_files(repository, additions, repo_type="dataset", revision=branch, free_memory=False)
+def _upload_parts(
+    branch: _Branch,
+    artifact: Artifact,
+    missing: Mapping[str, FileDigests],
+    on_bytes: OnBytes | None,
+    on_upload: OnBytes | None,
+) -> list[CommitOperationAdd]:
+    """Verify the artifact, and send these files of it beside that, each once its part is found right."""
+    from huggingface_hub import CommitOperationAdd
+
+    uploaded: list[CommitOperationAdd] = []
+    waiting: list[str] = []
+    sent, total, step = 0, sum(digests.size for digests in missing.values()), _FIRST_BYTES
+
+    def take(number: int) -> None:
+        waiting.extend(path for kind in layout.FILE_KINDS if (path := layout.part_file(number, kind)) in missing)
+        if sum(missing[path].size for path in waiting) >= step or len(waiting) >= _STEP_FILES:
+            send()
+
+    def send() -> None:
+        nonlocal sent, step
+        additions = [CommitOperationAdd(path, artifact.path / path) for path in waiting]
+        branch.upload(additions)
         for addition in additions:
-            found, digest = f"sha256:{addition.upload_info.sha256.hex()}", wanted[addition.path_in_repo].sha256
+            found, digest = f"sha256:{addition.upload_info.sha256.hex()}", missing[addition.path_in_repo].sha256
             if found != digest:
                 message = f"`{addition.path_in_repo}` changed while it was pushed"
                 raise ArtifactError(message, code="A022", expected=digest, actual=found)
-        sent += sum(wanted[path].size for path in group)
+        uploaded.extend(additions)
+        sent += sum(missing[path].size for path in waiting)
+        waiting.clear()
+        step = min(2 * step, _STEP_BYTES)
         if on_upload is not None:
             on_upload(sent, total)
-        waiting += additions
-        if len(missing) > _FILES_PER_COMMIT and len(waiting) >= _FILES_PER_COMMIT:
-            parent, waiting = commit(waiting), []
-    waiting += [CommitOperationAdd(path, data) for path, data in changed.items()]
-    return commit(waiting) if waiting else parent
+
+    verify(artifact.path, on_bytes=on_bytes, on_part=take).require_ok()
+    if waiting:
+        send()
+    return uploaded
 
 
-def _documents(artifact: Artifact, repository: str, head: HubSource, there: Mapping[str, Listed]) -> dict[str, bytes]:
+def _documents(artifact: Artifact, head: HubSource, there: Mapping[str, Listed]) -> dict[str, bytes]:
     """The files beside the parts: as they are here, but for the card, which people may have edited here or there."""
     files = {name: artifact.path / name for name in (layout.BUILD_RECORD, layout.SIGNATURES)}
     documents = {name: path.read_bytes() for name, path in files.items() if path.is_file() and not path.is_symlink()}
@@ -144,7 +196,7 @@ def _documents(artifact: Artifact, repository: str, head: HubSource, there: Mapp
     if merge_card(generated, edited) == generated and layout.CARD in there:  # nobody wrote into it here
         found = head.read(layout.CARD, _MAX_CARD_BYTES) or b""
         edited = found.decode(errors="replace")
-    text = merge_card(generated, edited).replace(UNNAMED, repository)
+    text = merge_card(generated, edited).replace(UNNAMED, head.repository)
     return {**documents, layout.CARD: text.encode(), layout.MANIFEST: artifact.manifest_bytes}
 
 
@@ -152,20 +204,6 @@ def _is_there(listed: Listed | None, data: bytes) -> bool:
     """Whether the repository has these bytes already, in git or in LFS."""
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return listed is not None and (listed.blob == blob or listed.sha256 == f"sha256:{hashlib.sha256(data).hexdigest()}")
-
-
-def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Paths in order, as many at a time as make a step of the progress."""
-    group: list[str] = []
-    size = 0
-    for path in sizes:
-        group.append(path)
-        size += sizes[path]
-        if size >= _GROUP_BYTES or len(group) >= _GROUP_FILES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _tag(api: HfApi, repository: str, tag: str, commit: str, *, signed: bool) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +96,8 @@ def verify(
     on_bytes: OnBytes | None = None,
     on_rollouts: OnBytes | None = None,
     on_audited: OnBytes | None = None,
+    arriving: Iterable[int] | None = None,
+    on_part: Callable[[int], None] | None = None,
 ) -> Report:
     """Check an artifact: every byte, every structure, every value; `quick` checks sizes and xxh3 alone.
 
@@ -108,6 +110,9 @@ def verify(
     by side in as many threads, one per processor where None is said, and each holds one part in memory. `on_bytes`
     hears (bytes read, bytes in all), `on_rollouts` the same of rollouts scored again, `on_audited` of positions audited
     again. Raises InputError only where there is no directory to look at, or a build in progress.
+
+    Where files are still coming, `arriving` gives the numbers of the parts in order, each once it is there; `on_part`
+    hears those of the parts that are right, in order, up to the first that is not. Neither holds up the parts before.
     """
     if sources.is_url(path):
         if not quick or student is not None or signed_by is not None or rescore:
@@ -156,9 +161,8 @@ def verify(
         view = read_view(directory, manifest, digest_bytes(data))
     except ArtifactError as error:
         return report(finding_of(error, layout.VIEW, "A003"))
-    findings = [*_check_directory(directory, view)]
     if (directory / layout.PARTS).is_symlink():  # nothing outside of the directory is read
-        return report(*findings, view=view, manifest=manifest)
+        return report(finding("A020", layout.PARTS, "a directory is a link"), view=view, manifest=manifest)
     progress = _Progress(sum(size for _, size in _entries(view, manifest)), on_bytes)
 
     audits: dict[int, Statistic] = {}
@@ -166,9 +170,18 @@ def verify(
     def check(number: int) -> list[Finding]:
         return list(_check_part(directory, number, manifest, view, quick, progress, audits))
 
+    findings: list[Finding] = []
     with ThreadPoolExecutor(max_workers=max(1, threads or min(os.cpu_count() or 1, len(view.parts)))) as pool:
-        for found in pool.map(check, view.parts):
-            findings += found
+        try:
+            checked = [pool.submit(check, number) for number in arriving or view.parts]
+            for number, future in zip(view.parts, checked, strict=True):
+                findings += future.result()
+                if on_part is not None and not findings:
+                    on_part(number)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    findings = [*_check_directory(directory, view), *findings]
     if not findings and not quick and view.has_topk and len(view.parts) == len(manifest.parts):
         findings += _check_audit(manifest, audits)
     if student is not None:
@@ -230,11 +243,8 @@ def _entries(view: View, manifest: Manifest) -> list[tuple[str, int]]:
 
 
 def _check_directory(directory: Path, view: View) -> Iterator[Finding]:
-    """A002: parts/ holds the files of the manifest and nothing else; A020: it is no link."""
+    """A002: parts/ holds the files of the manifest and nothing else."""
     parts = directory / layout.PARTS
-    if parts.is_symlink():
-        yield finding("A020", layout.PARTS, "a directory is a link")
-        return
     there = parts.iterdir() if parts.is_dir() else iter(())
     for extra in sorted({f"{layout.PARTS}/{file.name}" for file in there} - set(view.files())):
         name = extra.encode(errors="backslashreplace").decode()  # a name may be bytes that are no text

@@ -159,6 +159,18 @@ def test_a_bar_shows_rate_estimate_and_more(sealed: Path) -> None:
     assert re.search(r"build ━+╺?━+ 1,200 of 4,800 positions, [\d,]+ positions/s, 0:01 left, \[part\] 1", shown)
 
 
+def test_two_bars_are_shown_at_the_same_time(sealed: Path) -> None:
+    script = (
+        "import time; from lopd_cli import console\n"
+        "with console.progress('verify', 'bytes') as meter:\n"
+        "    beside = meter.beside('push'); meter.update(2, 4); time.sleep(0.3)\n"
+        "    beside.update(1, 4); meter.update(4, 4); time.sleep(0.3); beside.update(4, 4)\n"
+    )
+    _, shown = run_on_a_terminal([sys.executable, "-c", script])
+    assert re.search(r"verify ━+╺?━+ 2 bytes of 4 bytes *\r?[^p]*verify", shown)  # not shown before it begins
+    assert re.search(r"verify ━+ 4 bytes of 4 bytes.*\r\npush ", shown)
+
+
 def test_progress_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("verify", "bytes") as meter:
         meter.update(5, 10)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import DatasetCard, HfApi
@@ -11,12 +14,14 @@ from huggingface_hub import DatasetCard, HfApi
 import lopd_store
 from lopd_store import upload
 from lopd_store.card import merge_card, render_card
-from lopd_store.errors import InputError, UnavailableError
+from lopd_store.digest import digest_contents
+from lopd_store.errors import ArtifactError, InputError, UnavailableError
 from lopd_store.manifest import render
 from lopd_store.upload import push
-from tests.commands import run_command
+from tests.artifacts import edit_manifest
+from tests.commands import interrupt_command, run_command
 from tests.hub.repository import File
-from tests.hub.server import HubServer
+from tests.hub.server import Cut, HubServer
 from tests.hub.test_faults import assert_no_half_artifact
 
 REPO = "acme/art"
@@ -51,7 +56,7 @@ def test_several_commits_never_show_half_an_artifact(
 ) -> None:
     lopd_store.push(unknown, REPO)
     monkeypatch.setattr(upload, "_FILES_PER_COMMIT", files_per_commit)
-    monkeypatch.setattr(upload, "_GROUP_FILES", 2)
+    monkeypatch.setattr(upload, "_STEP_FILES", 2)
     pushed = lopd_store.push(sealed, REPO)
     assert len(hub.repo(REPO).commits) > 3
     for commit in list(hub.repo(REPO).commits)[1:]:
@@ -91,13 +96,17 @@ def test_a_part_that_changes_while_it_is_pushed_is_refused(
     path = artifact / "parts/00001.topk.zarr.zip"
     verify = lopd_store.verify
 
-    def change_after(directory: Path, **options: object) -> object:
-        report = verify(directory)
-        path.write_bytes(path.read_bytes()[:-1] + b"!")
-        return report
+    def change_after(directory: Path, *, on_part: Callable[[int], None] | None = None, **options: Any) -> object:
+        def change(number: int) -> None:
+            assert on_part is not None
+            if number == 1:
+                path.write_bytes(path.read_bytes()[:-1] + b"!")
+            on_part(number)
+
+        return verify(directory, on_part=on_part and change, **options)
 
     monkeypatch.setattr(upload, "verify", change_after)
-    with pytest.raises(lopd_store.ArtifactError, match="changed while it was pushed"):
+    with pytest.raises(ArtifactError, match="changed while it was pushed"):
         lopd_store.push(artifact, REPO)
     assert hub.files(REPO).keys() == {".gitattributes"}
 
@@ -157,6 +166,74 @@ def test_progress_is_told_in_bytes(hub: HubServer, sealed: Path, tmp_path: Path)
     assert sent[-1] == (size, size)
     assert come[0] == (0, size + beside) and come[-1] == (size + beside, size + beside)
     assert come == sorted(come) and len(come) > 10
+
+
+# Beside the transfer
+
+
+def test_parts_are_sent_while_others_are_being_verified(
+    hub: HubServer, sealed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "_FIRST_BYTES", 1)
+    sending = threading.Event()
+    hub.fault = lambda method, path: sending.set() if method == "PUT" else None
+    waited: list[bool] = []
+
+    def hold_the_last_part(done: int, total: int) -> None:
+        if done == total:
+            waited.append(sending.wait(30))
+
+    push(sealed, REPO, on_bytes=hold_the_last_part)
+    assert waited == [True]
+
+
+def test_a_part_is_verified_while_others_are_still_coming(hub: HubServer, sealed: Path, tmp_path: Path) -> None:
+    push(sealed, REPO)
+    verifying = threading.Event()
+    waited: list[bool] = []
+
+    def hold_the_last_part(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("parts/00003.topk.zarr.zip"):
+            waited.append(verifying.wait(30))
+
+    hub.fault = hold_the_last_part
+    lopd_store.pull(REPO, output=tmp_path / "pulled", on_bytes=lambda done, total: verifying.set())
+    assert waited == [True]
+
+
+def test_an_artifact_whose_last_part_is_wrong_is_never_seen(
+    hub: HubServer, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "_FIRST_BYTES", 1)
+    data = (artifact / "parts/00002.rollouts.parquet").read_bytes()  # bytes as the manifest says, of other rollouts
+    (artifact / "parts/00003.rollouts.parquet").write_bytes(data)
+    entry = {"path": "parts/00003.rollouts.parquet", **vars(digest_contents(data))}
+    manifest = (artifact / "manifest.json").read_bytes()
+    (artifact / "manifest.json").write_bytes(edit_manifest(manifest, "parts", 3, "files", "rollouts", value=entry))
+    with pytest.raises(ArtifactError, match=r"parts/00003\.rollouts\.parquet"):
+        push(artifact, REPO)
+    assert hub.files(REPO).keys() == {".gitattributes"} and hub.tags(REPO) == {}
+
+
+@pytest.mark.parametrize("asked", ["preupload", "/lfs/", "commit", "tag"])
+def test_a_push_interrupted_by_its_user_goes_on(hub: HubServer, sealed: Path, asked: str) -> None:
+    def is_asked() -> bool:
+        return any(method in ("POST", "PUT") and asked in path for method, path in list(hub.requests))
+
+    def hold(method: str, path: str) -> Cut | None:
+        return Cut() if is_asked() and not threading.Event().wait(0.5) else None
+
+    hub.fault = hold
+    ran = interrupt_command("lopd-store", "push", sealed, REPO, when=is_asked)
+    text = "interrupted; run the same command again, and it goes on where it can\n"
+    assert (ran.code, ran.stdout, ran.stderr) == (130, "", text)
+    assert_no_half_artifact(hub)
+    hub.fault = None
+    sent = set(hub.lfs_objects)
+    hub.requests.clear()
+    assert run_command("lopd-store", "push", sealed, REPO).code == 0
+    assert not sent & {path.removeprefix("/lfs/") for method, path in hub.requests if method == "PUT"}
+    assert hub.tags(REPO) == {f"lopd-{lopd_store.open(sealed).fingerprint[7:19]}": hub.repo(REPO).branches["main"]}
 
 
 # The card

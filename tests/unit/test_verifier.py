@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,50 @@ def test_progress_ends_with_every_byte_of_the_parts(sealed: Path) -> None:
     verify(sealed, on_bytes=lambda *numbers: heard.append(numbers))
     total = sum(path.stat().st_size for path in (sealed / "parts").iterdir())
     assert heard[-1] == (total, total) and heard == sorted(heard)
+
+
+# Beside a transfer
+
+
+def test_parts_are_verified_as_they_arrive(sealed: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    (copy / layout.PARTS).mkdir(parents=True)
+    shutil.copyfile(sealed / layout.MANIFEST, copy / layout.MANIFEST)
+    first_size = sum((sealed / name).stat().st_size for name in FIRST)
+    first_is_read = threading.Event()
+
+    def arrive() -> Iterator[int]:
+        for number in range(len(lopd_store.open(sealed).manifest.parts)):
+            assert number == 0 or first_is_read.wait(30)
+            for name in (layout.part_file(number, kind) for kind in layout.FILE_KINDS):
+                shutil.copyfile(sealed / name, copy / name)
+            yield number
+
+    def hear(read: int, total: int) -> None:
+        if read == first_size:
+            first_is_read.set()
+
+    report = verify(copy, arriving=arrive(), on_bytes=hear)
+    assert report == verify(sealed)
+
+
+def test_parts_are_told_of_in_order_up_to_the_first_that_is_wrong(artifact: Path) -> None:
+    heard: list[int] = []
+    assert verify(artifact, on_part=heard.append).ok
+    assert heard == [0, 1, 2, 3]
+    heard.clear()
+    (artifact / layout.part_file(2, layout.TOPK)).write_bytes(b"")
+    assert codes(artifact, on_part=heard.append) == ["A021"]
+    assert heard == [0, 1]
+
+
+def test_what_cannot_arrive_ends_the_verification(sealed: Path) -> None:
+    def arrive() -> Iterator[int]:
+        yield 0
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        verify(sealed, arriving=arrive())
 
 
 # Bytes
