@@ -6,7 +6,8 @@ from typing import Any
 
 from lopd_store import gate, layout
 from lopd_store.building import SKIPPED
-from lopd_store.errors import ConsistencyError, InputError
+from lopd_store.errors import ConsistencyError
+from lopd_store.identity import load_tokenizer_of
 from lopd_store.license import License
 from lopd_store.reader import Artifact
 
@@ -143,13 +144,7 @@ def _decoder(artifact: Artifact, model: str | None) -> Any:
     """Turns an id into text with the tokenizer of `model`, which must be the artifact's; without one, into None."""
     if model is None:
         return lambda id: None
-    from lopd_store import models
-    from lopd_store.identity import tokenizer_digest
-
-    tokenizer = models.load_tokenizer(models.find(model))
-    wanted = artifact.manifest.inputs.teacher.tokenizer
-    if (found := tokenizer_digest(tokenizer)) != wanted:
-        raise InputError(f"`{model}` has another tokenizer than the artifact", expected=wanted, actual=found)
+    tokenizer = load_tokenizer_of(model, artifact.manifest.inputs.teacher)
     return lambda id: tokenizer.decode([id])
 
 

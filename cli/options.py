@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lopd_store import gate
 from lopd_store.errors import InputError
 
 
@@ -47,7 +48,19 @@ SignedByOption = Annotated[
 OnlyOption = Annotated[
     Only | None, typer.Option(metavar="VIEW", help="`sampled`: token files alone, enough for that objective.")
 ]
+AllowUnknownOption = Annotated[
+    bool, typer.Option(f"--{gate.ALLOW_UNKNOWN}", help="Go on though a provenance is not known.")
+]
+AllowInconsistentOption = Annotated[
+    bool, typer.Option(f"--{gate.ALLOW_INCONSISTENT}", help="Go on though the gradient is biased.")
+]
 PartsOption = Annotated[str | None, typer.Option(metavar="A:B", help="Parts A to B - 1, counted from 0.")]
+
+
+def overrides(allow_unknown: bool, allow_inconsistent: bool) -> list[str]:
+    """The names of the overrides that were given."""
+    allowed = {gate.ALLOW_UNKNOWN: allow_unknown, gate.ALLOW_INCONSISTENT: allow_inconsistent}
+    return [name for name, allow in allowed.items() if allow]
 
 
 def parse_parts(text: str | None) -> range | None:

@@ -12,12 +12,12 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 import lopd_train
-from lopd_store import gate
 from lopd_train import OPD, SFT, OnProgress, Progress, RunResult, TrainConfig, measures
 from lopd_train.config import help_of
 from lopd_train.world import from_environment
 
 from . import console, settings
+from .options import AllowInconsistentOption, AllowUnknownOption, overrides
 from .track import Tracker, tracking
 
 app = typer.Typer(
@@ -115,24 +115,19 @@ def opd(
     student: ModelOption,
     output: OutputOption,
     config: TrainConfig,
-    allow_unknown_sft_teacher: Annotated[
-        bool, typer.Option(f"--{gate.ALLOW_UNKNOWN}", help="Train though a provenance is not known.")
-    ] = False,
-    allow_inconsistent_teacher: Annotated[
-        bool, typer.Option(f"--{gate.ALLOW_INCONSISTENT}", help="Train though the gradient is biased.")
-    ] = False,
+    allow_unknown_sft_teacher: AllowUnknownOption = False,
+    allow_inconsistent_teacher: AllowInconsistentOption = False,
     track: Track = None,
     json: Json = False,
 ) -> None:
     """Train a student on a teacher's stored log-probs; refuses unless the teacher is the one of its SFT."""
-    allowed = {gate.ALLOW_UNKNOWN: allow_unknown_sft_teacher, gate.ALLOW_INCONSISTENT: allow_inconsistent_teacher}
     with _shown("opd") as on_progress, tracking(track, output, config) as on_metrics:
         result = lopd_train.train_opd(
             artifact=artifact,
             student=student,
             output=output,
             config=config,
-            overrides=[name for name, allow in allowed.items() if allow],
+            overrides=overrides(allow_unknown_sft_teacher, allow_inconsistent_teacher),
             on_progress=on_progress,
             on_metrics=on_metrics,
         )

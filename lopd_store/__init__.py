@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lopd_store.download import pull
     from lopd_store.forecast import estimate
     from lopd_store.identity import identify
+    from lopd_store.interop import export
     from lopd_store.sampler import generate
     from lopd_store.upload import push
 
@@ -45,6 +46,7 @@ __all__ = [
     "build_share",
     "compare",
     "estimate",
+    "export",
     "generate",
     "identify",
     "merge",
@@ -64,6 +66,7 @@ _LAZY = {
     "build_share": "builder",
     "compare": "differences",
     "estimate": "forecast",
+    "export": "interop",
     "generate": "sampler",
     "identify": "identity",
     "merge": "builder",

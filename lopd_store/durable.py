@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 UNFINISHED = ".unfinished"
@@ -36,3 +39,29 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def becoming(path: Path) -> Iterator[Path]:
+    """Another name, to write a file or a directory under; it becomes `path` at the end, and after an error it is gone.
+
+    What a kill has left there is removed at the beginning.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    _remove(unfinished)
+    try:
+        yield unfinished
+        for file in unfinished.rglob("*") if unfinished.is_dir() else [unfinished]:
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        unfinished.rename(path)
+    finally:
+        _remove(unfinished)
+    sync_directory(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

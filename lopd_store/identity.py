@@ -126,6 +126,16 @@ def identify(model: str | Path, *, on_bytes: OnBytes | None = None) -> ModelIden
     )
 
 
+def load_tokenizer_of(model: str | Path, identity: ModelIdentity) -> Any:
+    """The tokenizer of `model`; raises InputError unless it is the one of this identity."""
+    tokenizer = models.load_tokenizer(models.find(model))
+    if (found := tokenizer_digest(tokenizer)) != identity.tokenizer:
+        raise InputError(
+            f"`{model}` has another tokenizer than the artifact", expected=identity.tokenizer, actual=found
+        )
+    return tokenizer
+
+
 def meaningful_config(config: Any) -> dict[str, Any]:
     """The fields of a configuration that say which function the model computes."""
     return {name: value for name, value in config.to_dict().items() if name not in _NOT_MEANINGFUL}

@@ -30,6 +30,7 @@ LAYERS = [
             "columns",
         ],
     ),
+    ("interop", ["interop.target", "interop.trl", "interop"]),
     ("door", ["__init__"]),
 ]
 ORDER = [module for _, modules in LAYERS for module in modules]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lopd_store.durable import sync_directory, write_durably
+from lopd_store.durable import becoming, sync_directory, write_durably
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -21,3 +21,24 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_durably(tmp_path / "file", "not bytes")  # type: ignore[arg-type]
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_what_is_written_under_another_name_appears_at_the_end_or_not_at_all(
+    tmp_path: Path, is_directory: bool
+) -> None:
+    def write(place: Path) -> None:
+        if is_directory:
+            place.mkdir()
+        (place / "file" if is_directory else place).write_bytes(b"new")
+
+    with pytest.raises(KeyboardInterrupt), becoming(tmp_path / "made") as unfinished:
+        write(unfinished)
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "made.unfinished")  # what a kill leaves
+    with becoming(tmp_path / "made") as unfinished:
+        write(unfinished)
+        assert not (tmp_path / "made").exists()
+    (made,) = tmp_path.iterdir()
+    assert (made / "file" if is_directory else made).read_bytes() == b"new"

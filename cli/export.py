@@ -1,0 +1,72 @@
+"""`lopd-store export`: trl, lightning-opd, distillkit, axolotl. Write an artifact as another trainer's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import lopd_store
+from lopd_store.interop.target import Format
+
+from . import console
+from .options import AllowInconsistentOption, AllowUnknownOption, Json, overrides
+
+app = typer.Typer(
+    help="Write an artifact in the format of another trainer, behind the same gate as training.",
+    no_args_is_help=True,
+)
+
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's directory.")]
+FileOption = Annotated[Path, typer.Option("--output", metavar="FILE", help="The file to make, NAME.parquet.")]
+StudentOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The model to be trained: ask the gate about it, too.")
+]
+
+
+@app.command()
+def trl(
+    artifact: ArtifactArgument,
+    output: FileOption,
+    student: StudentOption = None,
+    allow_unknown_sft_teacher: AllowUnknownOption = False,
+    allow_inconsistent_teacher: AllowInconsistentOption = False,
+    json: Json = False,
+) -> None:
+    """Ids, log-probs and the ragged top-k as a plain Parquet table, for TRL or a loop of your own."""
+    allowed = overrides(allow_unknown_sft_teacher, allow_inconsistent_teacher)
+    _export("trl", artifact, output, student, allowed, json)
+
+
+def _export(
+    format: Format, artifact: Path, output: Path, student: str | None, allowed: list[str], json: bool, **options: Any
+) -> None:
+    identity = None
+    if student is not None:
+        with console.progress("identity", "bytes") as meter:
+            identity = lopd_store.identify(student, on_bytes=meter.update)
+    with (
+        console.progress("verify", "bytes", at_once=False) as verified,
+        console.progress("export", "positions", at_once=False) as written,
+    ):
+        exported = lopd_store.export(
+            artifact,
+            format,
+            output=output,
+            student=identity,
+            overrides=allowed,
+            on_bytes=verified.update,
+            on_positions=written.update,
+            **options,
+        )
+    for note in exported.notes:
+        console.warn(note)
+    if exported.left_out:
+        console.note(f"note: {exported.left_out:,} rollouts were left out")
+    if json:
+        console.answer(exported.to_json())
+        return
+    counts = f"{exported.rollouts:,} rollouts, {exported.positions:,} positions, {exported.bytes:,} bytes"
+    forced = "".join(f", --{name}" for name in exported.record["overrides"])
+    console.say(f"{output}: {counts}; {exported.record['verdict']}{forced}, {exported.record['fingerprint']}")
