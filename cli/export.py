@@ -20,6 +20,11 @@ app = typer.Typer(
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's directory.")]
 FileOption = Annotated[Path, typer.Option("--output", metavar="FILE", help="The file to make, NAME.parquet.")]
+DirectoryOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="The directory to make.")]
+KOption = Annotated[
+    int | None,
+    typer.Option("--k", metavar="N", min=1, help="Entries of every row; by default as many as any position can have."),
+]
 StudentOption = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The model to be trained: ask the gate about it, too.")
 ]
@@ -37,6 +42,21 @@ def trl(
     """Ids, log-probs and the ragged top-k as a plain Parquet table, for TRL or a loop of your own."""
     allowed = overrides(allow_unknown_sft_teacher, allow_inconsistent_teacher)
     _export("trl", artifact, output, student, allowed, json)
+
+
+@app.command()
+def distillkit(
+    artifact: ArtifactArgument,
+    output: DirectoryOption,
+    k: KOption = None,
+    student: StudentOption = None,
+    allow_unknown_sft_teacher: AllowUnknownOption = False,
+    allow_inconsistent_teacher: AllowInconsistentOption = False,
+    json: Json = False,
+) -> None:
+    """DistillKit's compressed distributions, in a configuration that loses nothing, and the YAML that decodes them."""
+    allowed = overrides(allow_unknown_sft_teacher, allow_inconsistent_teacher)
+    _export("distillkit", artifact, output, student, allowed, json, k=k)
 
 
 def _export(

@@ -22,7 +22,7 @@ from lopd_store import gate, reader, sources, strictjson
 from lopd_store.durable import becoming
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity
-from lopd_store.interop import trl
+from lopd_store.interop import distillkit, trl
 from lopd_store.interop.target import Format, Keep, Target
 from lopd_store.part import Part
 from lopd_store.reader import Artifact
@@ -31,6 +31,7 @@ from lopd_store.verifier import OnBytes, verify
 RECORD_KEY = b"lopd.export"  # of the metadata of a Parquet schema
 RECORD = "lopd-export.json"  # the same, beside the data of a format that is a directory
 DATA = "data_0.parquet"
+FIXED_K = ("distillkit", "axolotl")
 _BYTES_AT_ONCE = 128 << 20
 
 
@@ -58,12 +59,14 @@ def export(
     output: str | Path,
     student: ModelIdentity | None = None,
     overrides: Collection[str] = (),
+    k: int | None = None,
     on_bytes: OnBytes | None = None,
     on_positions: OnBytes | None = None,
 ) -> Exported:
     """Write an artifact, or a copy of a part of it, as another format; it appears at `output` only when it is whole.
 
     One row per rollout, in order; those without a position that counts in the loss are left out, as in training.
+    `k` is for `distillkit` and `axolotl`, whose rows all have as many entries: by default as many as any can have.
     `on_bytes` hears (bytes so far, bytes in all) of the verification, `on_positions` the same of the writing. Raises
     ConsistencyError where the gate refuses and `overrides` (names in `gate.OVERRIDES`) do not cover it.
     """
@@ -72,7 +75,7 @@ def export(
     opened, output = reader.open(artifact), Path(output)
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
-    target = _target(opened, format)
+    target = _target(opened, format, k)
     verdict = gate.judge(opened.manifest.inputs, student)
     overridden = gate.enforce(verdict, overrides)
     record = {
@@ -110,9 +113,13 @@ def _lineage(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _target(artifact: Artifact, format: Format) -> Target:
+def _target(artifact: Artifact, format: Format, k: int | None) -> Target:
+    if k is not None and format not in FIXED_K:
+        raise InputError(f"`k` does not go with `{format}`", expected=f"{' or '.join(FIXED_K)}")
     if format == "trl":
         return trl.target(artifact)
+    if format == "distillkit":
+        return distillkit.target(artifact, k)
     raise InputError(f"there is no format `{format}`", expected=", ".join(get_args(Format)))
 
 

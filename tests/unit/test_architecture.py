@@ -30,7 +30,7 @@ LAYERS = [
             "columns",
         ],
     ),
-    ("interop", ["interop.target", "interop.trl", "interop"]),
+    ("interop", ["interop.target", "interop.trl", "interop.distillkit", "interop"]),
     ("door", ["__init__"]),
 ]
 ORDER = [module for _, modules in LAYERS for module in modules]
