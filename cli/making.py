@@ -204,6 +204,10 @@ def build(
         str | None,
         typer.Option(metavar="URL", help="A vLLM server, for the engine http.", rich_help_panel=RUNNING),
     ] = None,
+    reference_server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Another, that runs the reference policy.", rich_help_panel=RUNNING),
+    ] = None,
     trust_server: Annotated[
         bool,
         typer.Option(
@@ -271,6 +275,7 @@ def build(
             coverage=coverage,
             engine=engine.value,
             server=server,
+            reference_server=reference_server,
             trust_server=trust_server,
             max_noise=max_noise,
             dtype=dtype.value,

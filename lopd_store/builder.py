@@ -26,7 +26,7 @@ from lopd_store.digest import digest_bytes, digest_contents
 from lopd_store.durable import write_durably
 from lopd_store.encoding import Encoding, Rule, make_encoding
 from lopd_store.errors import DataError, InputError
-from lopd_store.handout import OnNote, OnProgress, check_server, torch_threads
+from lopd_store.handout import OnNote, OnProgress, check_servers, torch_threads
 from lopd_store.manifest import Counts, Scoring, parse
 from lopd_store.plan import Plan, make_plan
 from lopd_store.remote import Remote, is_remote
@@ -56,6 +56,7 @@ class Settings:
     on_bad_rollout: OnBad = "fail"
     engine: str = "transformers"
     server: str | None = None
+    reference_server: str | None = None
     trust_server: bool = False
     max_noise: float | None = None
     dtype: str = "float32"
@@ -69,7 +70,7 @@ class Settings:
     def plan(self) -> Plan:
         """Read the inputs and settle what is to be made."""
         reference = None if self.reference is None else str(self.reference)
-        require_engine(self.engine, reference=reference, server=self.server)
+        require_engine(self.engine, reference=reference, server=self.server, reference_server=self.reference_server)
         return make_plan(
             teacher=str(self.teacher),
             rollouts=Path(self.rollouts),
@@ -79,6 +80,7 @@ class Settings:
             scoring=Scoring(engine=self.engine, dtype=self.dtype),
             reference=reference,
             server=self.server,
+            reference_server=self.reference_server,
             text=self.text,
             device=self.device,
             threads=self.threads,
@@ -122,6 +124,7 @@ def build(
     on_bad_rollout: OnBad = "fail",
     engine: str = "transformers",
     server: str | None = None,
+    reference_server: str | None = None,
     trust_server: bool = False,
     max_noise: float | None = None,
     dtype: str = "float32",
@@ -143,7 +146,8 @@ def build(
     log-probs of both models, and the rollouts are audited under it.
     Without `text` the artifact has token ids and log-probs only. A rollout that cannot be scored is an error, or with
     `on_bad_rollout="skip"` left out, which the manifest and build.json say. `server` is the vLLM server of the engine
-    `http`; with `trust_server` its log-probs are not compared with the teacher's, which may be too large to run here.
+    `http`, and `reference_server` another that runs the reference policy; with `trust_server` their log-probs are not
+    compared with those of the models' files, which may be too large to run here.
     Before the first part a few rollouts are scored twice, in other batches; a log-prob that changes by more than
     `max_noise` nats is an error (None stands for 0.01 in float32 and 1 in half precision). `workers` is the number of
     processes, None for one per processor (a script that asks for several needs `if __name__ == "__main__":`);
@@ -165,6 +169,7 @@ def build(
         on_bad_rollout=on_bad_rollout,
         engine=engine,
         server=server,
+        reference_server=reference_server,
         trust_server=trust_server,
         max_noise=max_noise,
         dtype=dtype,
@@ -298,8 +303,7 @@ def _scored(
     with in_progress.locked(building, share), in_progress.what_is_done_stays(building, share):
         _require_free(output, remote)  # another build may have sealed it while this one was planned
         in_progress.begin(building, plan, settings.command(str(output)))
-        if plan.server is not None:
-            check_server(plan, weights=not settings.trust_server)
+        check_servers(plan, weights=not settings.trust_server)
         if remote is not None:
             remote.begin(plan, settings.command(str(output)))
         if share is None or share.index == 1:

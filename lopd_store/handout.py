@@ -156,21 +156,28 @@ def load_teacher(plan: Plan) -> Teacher:
         batch_tokens=plan.batch_tokens,
         reference=plan.reference_path,
         server=plan.server,
+        reference_server=plan.reference_server,
+        k_min=plan.encoding.k_min,
+        coverage=plan.encoding.coverage,
     )
 
 
-def check_server(plan: Plan, *, weights: bool) -> None:
-    """Refuse a server that does not run the teacher of the plan; see `teachers.http.check_server`."""
-    assert plan.server is not None
-    identity, dtype = plan.inputs.teacher, plan.inputs.scoring.dtype
-    http.check_server(
-        plan.server,
-        plan.teacher_path,
-        vocab_size=identity.vocab_size,
-        dtype=dtype,
-        device=plan.device,
-        weights=weights,
-    )
+def check_servers(plan: Plan, *, weights: bool) -> None:
+    """Refuse servers that do not run the models of the plan; see `teachers.http.check_server`."""
+    for url, model, what in (
+        (plan.server, plan.teacher_path, "teacher"),
+        (plan.reference_server, plan.reference_path, "reference policy"),
+    ):
+        if url is not None and model is not None:
+            http.check_server(
+                url,
+                model,
+                vocab_size=plan.inputs.teacher.vocab_size,
+                dtype=plan.inputs.scoring.dtype,
+                device=plan.device,
+                weights=weights,
+                what=what,
+            )
 
 
 @contextmanager

@@ -64,6 +64,7 @@ class Plan:
     sft_data_path: str | None  # likewise
     sft_data: str | None  # digest of the SFT data to audit
     server: str | None  # likewise
+    reference_server: str | None  # likewise
     inputs: Inputs
     encoding: Encoding
     reference_logprobs: bool
@@ -103,6 +104,7 @@ class Plan:
             rollouts_path="",
             reference_path=None,
             server=None,
+            reference_server=None,
             sft_data_path=None,
             inputs=read_inputs({name: value[name] for name in INPUTS_MEMBERS}, where),
             encoding=Encoding.from_json(value["encoding"], where=f"{where}: encoding", open_ended=False),
@@ -133,6 +135,7 @@ def make_plan(
     scoring: Scoring,
     reference: str | None = None,
     server: str | None = None,
+    reference_server: str | None = None,
     text: bool = True,
     device: str | None = None,
     threads: int = 1,
@@ -161,6 +164,7 @@ def make_plan(
         sft_data_path=None if sft_data is None else str(sft_data),
         sft_data=None if sft_data is None else _sft_data_digest(sft_data, provenance),
         server=server,
+        reference_server=reference_server,
         inputs=Inputs(
             teacher=identity,
             license=read_license(teacher),

@@ -152,13 +152,13 @@ def select(candidates: Candidates, *, k_min: int, k_max: int, coverage: float) -
     ids, logprobs, reference = candidates.ids, candidates.logprobs, candidates.reference_logprobs
     order = np.lexsort((ids, -logprobs), axis=-1)
     ids, logprobs = np.take_along_axis(ids, order, axis=-1), np.take_along_axis(logprobs, order, axis=-1)
-    kept = _chosen(logprobs, k_min, k_max, coverage)
+    kept = chosen(logprobs, k_min=k_min, k_max=k_max, coverage=coverage)
     if reference is not None:
         reference = np.take_along_axis(reference, order, axis=-1)
         back = np.lexsort((ids, -reference), axis=-1)
-        chosen = _chosen(np.take_along_axis(reference, back, axis=-1), k_min, k_max, coverage)
+        best = np.take_along_axis(reference, back, axis=-1)
         also = np.zeros_like(kept)
-        np.put_along_axis(also, back, chosen, axis=-1)
+        np.put_along_axis(also, back, chosen(best, k_min=k_min, k_max=k_max, coverage=coverage), axis=-1)
         kept |= also
     kept &= np.isfinite(logprobs)
     reference_tail = candidates.reference_tail_logprobs
@@ -174,7 +174,7 @@ def select(candidates: Candidates, *, k_min: int, k_max: int, coverage: float) -
     )
 
 
-def _chosen(logprobs: Floats, k_min: int, k_max: int, coverage: float) -> npt.NDArray[np.bool_]:
+def chosen(logprobs: Floats, *, k_min: int, k_max: int, coverage: float) -> npt.NDArray[np.bool_]:
     """Which columns, descending, one model keeps; [positions, columns]."""
     columns = logprobs.shape[1]
     if coverage >= 1:
@@ -182,8 +182,8 @@ def _chosen(logprobs: Floats, k_min: int, k_max: int, coverage: float) -> npt.ND
     else:
         mass = np.cumsum(np.exp(logprobs.astype(np.float64)), axis=1)
         counts = np.clip((mass < coverage).sum(axis=1) + 1, k_min, k_max)
-    chosen: npt.NDArray[np.bool_] = np.arange(columns) < counts[:, None]
-    return chosen & np.isfinite(logprobs)
+    kept: npt.NDArray[np.bool_] = np.arange(columns) < counts[:, None]
+    return kept & np.isfinite(logprobs)
 
 
 def _with_cut(tail_logprobs: Floats, logprobs: Floats, kept: npt.NDArray[np.bool_]) -> Floats:

@@ -2,7 +2,7 @@
 
 One file per engine behind one protocol; `load` picks by name:
 
-    transformers    in this process: every quantity from the full distribution, the reference policy beside the teacher
+    transformers    in this process: every quantity from the full distribution
     vllm            in this process, by vLLM's kernels and scheduler
     http            a running vLLM server
 """
@@ -48,19 +48,21 @@ class Teacher(Protocol):
         """
 
 
-def require_engine(engine: str, *, reference: str | None, server: str | None) -> None:
+def require_engine(
+    engine: str, *, reference: str | None, server: str | None, reference_server: str | None = None
+) -> None:
     """Raise InputError where there is no such engine, or it cannot do what is asked of it."""
     if engine not in ENGINES:
         raise InputError(f"there is no engine `{engine}`", expected=", ".join(ENGINES))
-    if engine != "transformers" and reference is not None:
-        raise InputError(
-            f"the {engine} engine does not score the reference policy yet",
-            hint="leave `--reference` out, or use `--engine transformers`",
-        )
     if engine == "http" and server is None:
         raise InputError("the http engine needs a server", hint="name it: `--server http://localhost:8000`")
-    if engine != "http" and server is not None:
+    if engine != "http" and (server or reference_server):
         raise InputError(f"the {engine} engine has no server", hint="add `--engine http`")
+    if (reference is None) != (reference_server is None) and engine == "http":
+        raise InputError(
+            "the http engine needs a reference policy and its server, or neither",
+            hint="a vLLM server runs one model: `--reference MODEL --reference-server http://localhost:8001`",
+        )
 
 
 def load(
@@ -73,18 +75,39 @@ def load(
     batch_tokens: int,
     reference: str | None = None,
     server: str | None = None,
+    reference_server: str | None = None,
+    k_min: int = 1,
+    coverage: float = 1.0,
 ) -> Teacher:
-    """Load a teacher into an engine, and beside it the reference policy where one is named."""
-    require_engine(engine, reference=reference, server=server)
+    """Load a teacher into an engine, and beside it the reference policy where one is named.
+
+    Of what both models find likely, engines that can only ask for it id by id give no more than `k_min` and `coverage`
+    will keep.
+    """
+    require_engine(engine, reference=reference, server=server, reference_server=reference_server)
+    if engine != "transformers":
+        from lopd_store.teachers.union import Choice
+
+        choice = Choice(k_min=k_min, coverage=coverage)
     if engine == "vllm":
         from lopd_store.teachers.vllm import VllmTeacher
 
-        return VllmTeacher(model, vocab_size=vocab_size, dtype=dtype, batch_tokens=batch_tokens)
+        return VllmTeacher(
+            model, vocab_size=vocab_size, dtype=dtype, batch_tokens=batch_tokens, reference=reference, choice=choice
+        )
     if engine == "http":
         from lopd_store.teachers.http import HttpTeacher
 
         assert server is not None
-        return HttpTeacher(model, server, vocab_size=vocab_size, dtype=dtype)
+        return HttpTeacher(
+            model,
+            server,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            reference=reference,
+            reference_server=reference_server,
+            choice=choice,
+        )
     from lopd_store.teachers.transformers import TransformersTeacher
 
     return TransformersTeacher(

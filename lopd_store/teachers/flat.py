@@ -1,13 +1,14 @@
-"""From the k most likely ids that an engine lists to scores: what vllm and http share.
+"""From the likeliest ids that an engine lists to scores: what vllm and http share.
 
-Such an engine says nothing of the other ids. The mass outside is what the listed ones leave of 1, in float64, held
-between what is known and what is possible: the listed ids that are not kept, and the others each as likely as the last
+Such an engine says nothing of the other ids. The mass outside is what the known ones leave of 1, in float64, held
+between what is known and what is possible: the known ids that are not kept, and the others each as likely as the last
 one listed. It is as good as the float32 log-probs that it is taken from, about 1e-6 of mass; the entropy is not known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,41 @@ import numpy.typing as npt
 from lopd_store.errors import DataError
 from lopd_store.rollouts import Rollout
 from lopd_store.teachers import RolloutScores
-from lopd_store.topk import Candidates
+from lopd_store.topk import Candidates, Floats
 
+Ids = npt.NDArray[np.int64]
 _SPARE = 8  # ids listed beyond k, for ties at the border
 _SPARE_PADDING = 24  # and where the head is padded; what no training has touched is seldom likely
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The likeliest ids of one model at the positions of a rollout, by log-prob descending, then id ascending.
+
+    Ids that the tokenizer does not know stand behind all others.
+    """
+
+    response_ids: Ids  # [positions]
+    ids: Ids  # [positions, columns]
+    logprobs: Floats  # [positions, columns]
+    sampled_logprobs: Floats  # [positions]
+    output_width: int
+
+    def tail_logprobs(self, ids: Ids, logprobs: Floats, kept: npt.NDArray[np.bool_]) -> Floats:
+        """Log of the mass outside the kept ids, given all known ones; each [positions, columns], an id of -1 is none.
+
+        The known ones are those listed, and others that are less likely.
+        """
+        mass = np.exp(logprobs.astype(np.float64))
+        is_known = (ids == self.response_ids[:, None]).any(axis=1)
+        least = np.where(kept, 0, mass).sum(axis=1)
+        least += np.where(is_known, 0, np.exp(self.sampled_logprobs.astype(np.float64)))
+        last = np.exp(self.logprobs.astype(np.float64)).min(axis=1, initial=1)
+        most = least + (self.output_width - (ids >= 0).sum(axis=1)) * last
+        outside = np.clip(1 - np.where(kept, mass, 0).sum(axis=1), least, most)
+        with np.errstate(divide="ignore"):
+            tail: Floats = np.minimum(np.log(outside), 0).astype(np.float32)
+        return tail
 
 
 def listed(k: int, *, vocab_size: int, output_width: int) -> int:
@@ -27,19 +59,19 @@ def listed(k: int, *, vocab_size: int, output_width: int) -> int:
     return min(min(k, vocab_size) + _SPARE + min(padding, _SPARE_PADDING), output_width)
 
 
-def to_scores(
+def to_listing(
     rollout: Rollout,
-    ids: npt.NDArray[np.int64],  # [positions, columns]: the likeliest, each once, in any order
-    logprobs: npt.NDArray[np.float32],  # [positions, columns]
-    sampled_logprobs: npt.NDArray[np.float32],  # [positions]
+    ids: Ids,  # [positions, columns]: the likeliest, each once, in any order
+    logprobs: Floats,  # [positions, columns]
+    sampled_logprobs: Floats,  # [positions]
     *,
     k: int,
     vocab_size: int,
     output_width: int,
-) -> RolloutScores:
-    """Scores of one rollout from the likeliest ids of each position.
+) -> Listing:
+    """What an engine listed, checked and in order.
 
-    Raises DataError where too many of them are padding of the head for k to be left.
+    Raises DataError where too many of the ids are padding of the head for k to be left.
     """
     positions = len(rollout.response_ids)
     if ids.shape != logprobs.shape or len(ids) != positions or sampled_logprobs.shape != (positions,):
@@ -58,27 +90,31 @@ def to_scores(
     k = min(k, vocab_size)
     known = ids < vocab_size
     order = np.lexsort((ids, np.where(known, -logprobs, np.inf)), axis=-1)
-    ids, known = np.take_along_axis(ids, order, axis=-1), np.take_along_axis(known, order, axis=-1)
-    logprobs = np.take_along_axis(logprobs, order, axis=-1)
-    if positions and not known[:, :k].all():
+    if positions and int(known.sum(axis=1).min()) < k:
         raise DataError(
             "the engine listed too many ids that the tokenizer does not know",
             expected=f"{k} ids below {vocab_size} at every position",
             actual=int(known.sum(axis=1).min()),
             hint="build with the transformers engine",
         )
-    is_sampled = ids == rollout.response_ids.astype(np.int64)[:, None]
-    mass = np.exp(logprobs.astype(np.float64))
-    unlisted = np.where(is_sampled.any(axis=1), 0, np.exp(sampled_logprobs.astype(np.float64)))
-    least = mass[:, k:].sum(axis=1) + unlisted
-    most = least + (output_width - ids.shape[1]) * mass.min(axis=1, initial=1)
-    outside = np.clip(1 - mass[:, :k].sum(axis=1), least, most)
-    with np.errstate(divide="ignore"):
-        tail = np.log(outside).astype(np.float32)
-    return RolloutScores(
+    return Listing(
+        response_ids=rollout.response_ids.astype(np.int64),
+        ids=np.take_along_axis(ids, order, axis=-1),
+        logprobs=np.minimum(np.take_along_axis(logprobs, order, axis=-1), 0),
         sampled_logprobs=np.minimum(sampled_logprobs, 0).astype(np.float32),
+        output_width=output_width,
+    )
+
+
+def to_scores(listing: Listing, k: int) -> RolloutScores:
+    """Scores of one rollout by one model: the k likeliest ids of each position."""
+    kept = np.broadcast_to(np.arange(listing.ids.shape[1]) < k, listing.ids.shape)
+    return RolloutScores(
+        sampled_logprobs=listing.sampled_logprobs,
         candidates=Candidates(
-            ids=ids[:, :k].astype(np.uint32), logprobs=np.minimum(logprobs[:, :k], 0), tail_logprobs=np.minimum(tail, 0)
+            ids=listing.ids[:, :k].astype(np.uint32),
+            logprobs=listing.logprobs[:, :k],
+            tail_logprobs=listing.tail_logprobs(listing.ids, listing.logprobs, kept),
         ),
         entropies=None,
     )

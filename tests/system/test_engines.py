@@ -51,17 +51,17 @@ pytestmark = [
 class Server:
     """vLLM's own server with a model, which can be killed and started again at the same address."""
 
-    def __init__(self, model: Path, log: Path) -> None:
+    def __init__(self, model: Path, log: Path, caching: str = "--no-enable-prefix-caching") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
-        self._model, self._log = model, log
+        self._model, self._log, self._caching = model, log, caching
         self.start()
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        options = ["--dtype", "float32", "--enforce-eager", "--max-logprobs", "-1", "--no-enable-prefix-caching"]
+        options = ["--dtype", "float32", "--enforce-eager", "--max-logprobs", "-1", self._caching]
         command = [VLLM / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", self._model, *options]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -99,6 +99,28 @@ def server(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     running = Server(teacher, tmp_path_factory.mktemp("server") / "log.txt")
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny reference policy with the teacher's tokenizer and another head."""
+    directory = tmp_path_factory.mktemp("models") / "student"
+    return save_tiny_model(directory, seed=2, output_width=VOCAB_SIZE + 4, width=128)
+
+
+@pytest.fixture(scope="module")
+def student_server(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that runs the reference policy, with the prefix cache that a server has unless told otherwise."""
+    running = Server(student, tmp_path_factory.mktemp("server") / "log.txt", "--enable-prefix-caching")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def sampled_path(student: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rollouts that the reference policy has sampled."""
+    path = tmp_path_factory.mktemp("rollouts") / "sampled.parquet"
+    return lopd_store.generate(model=student, prompts=prompts_file, output=path, max_response_tokens=40).output
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +178,51 @@ def test_an_engine_gives_the_artifact_of_the_embedded_one(
     np.testing.assert_allclose(theirs.topk.logprobs, ours.topk.logprobs, atol=TOLERANCE)
     same = [a.keys() == b.keys() for a, b in zip(rows(theirs.topk), rows(ours.topk), strict=True)]
     assert np.mean(same) > 0.98  # nearly tied ids at the border may change places
+
+
+@pytest.mark.parametrize("engine", ["vllm", "http"])
+@pytest.mark.parametrize("coverage", [1, 0.9])
+def test_an_engine_gives_what_two_models_find_likely_as_the_embedded_one_does(
+    engine: str,
+    coverage: float,
+    teacher: Path,
+    student: Path,
+    sampled_path: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    more: list[object] = ["--reference", student, "--exact", "--k-max", 30, "--coverage", coverage, "--engine", engine]
+    if engine == "http":
+        more += ["--server", request.getfixturevalue("server").url]
+        more += ["--reference-server", request.getfixturevalue("student_server").url]
+    python = VLLM / "python" if engine == "vllm" else Path(sys.executable)
+    found = build(teacher, sampled_path, tmp_path / "found", *more, python=python)
+    wanted = lopd_store.build(
+        teacher=teacher,
+        reference=student,
+        rollouts=sampled_path,
+        output=tmp_path / "wanted",
+        exact=True,
+        k_max=30,
+        coverage=coverage,
+    )
+    assert lopd_store.verify(found.path).ok
+    assert found.manifest.encoding == wanted.manifest.encoding
+    ours, theirs = wanted.part(0).topk, found.part(0).topk
+    assert ours is not None and ours.reference_logprobs is not None and ours.reference_tail_logprobs is not None
+    assert theirs is not None and theirs.reference_logprobs is not None and theirs.reference_tail_logprobs is not None
+    same = [a.keys() == b.keys() for a, b in zip(rows(theirs), rows(ours), strict=True)]
+    assert np.mean(same) > 0.98  # nearly tied ids at the border may change places
+    kept_by_both = np.repeat(same, theirs.counts), np.repeat(same, ours.counts)
+    for name in ("logprobs", "reference_logprobs"):
+        a, b = (getattr(topk, name)[kept] for topk, kept in zip((theirs, ours), kept_by_both, strict=True))
+        np.testing.assert_allclose(a, b, atol=TOLERANCE)
+    for name in ("tail_logprobs", "reference_tail_logprobs"):
+        a, b = (np.exp(getattr(topk, name)[same]) for topk in (theirs, ours))
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    audits = [one.manifest.inputs.rollouts_audit for one in (found, wanted)]
+    assert audits[0] is not None and audits[1] is not None
+    assert audits[0].z == pytest.approx(audits[1].z, abs=0.01)
 
 
 def test_a_rollout_that_leaves_no_room_for_a_token_is_refused(teacher: Path, server: Server, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"lopd_store": ROOT / "lopd_store", "lopd_train": ROOT / "lopd_train", "lopd_cli": ROOT / "cli"}
-ENGINES = ["teachers", "teachers.flat", "teachers.transformers", "teachers.vllm", "teachers.http"]
+ENGINES = ["teachers", "teachers.flat", "teachers.union", "teachers.transformers", "teachers.vllm", "teachers.http"]
 # A module imports only what stands before it, wherever in the file the import is: DESIGN.md, section 3.
 LAYERS = [
     ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "compiled", "lookup", "pco", "journal"]),

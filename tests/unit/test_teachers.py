@@ -19,7 +19,7 @@ from lopd_store.manifest import Scoring
 from lopd_store.noise import MOST_NOISE, Noise, probe, score_twice
 from lopd_store.rollouts import Rollout
 from lopd_store.teachers import RolloutScores, load
-from lopd_store.teachers.flat import groups, listed, to_scores
+from lopd_store.teachers.flat import groups, listed, to_listing, to_scores
 from lopd_store.teachers.http import AT_ONCE, HttpTeacher, Server, check_server
 from lopd_store.topk import Candidates
 from tests.artifacts import rollout, save_rollouts
@@ -32,14 +32,11 @@ RESPONSE = [3, 99, 50, 7]
 # What an engine cannot do is said before anything is read
 
 
-@pytest.mark.parametrize("engine", ["vllm", "http"])
-def test_only_the_embedded_engine_scores_a_reference_policy(engine: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=f"the {engine} engine does not score the reference policy yet(?s:.)*hint: leave"
-    ):
-        lopd_store.build(
-            teacher="no-model", rollouts="no-file", output=tmp_path / "artifact", reference="sft", engine=engine
-        )
+@pytest.mark.parametrize("half", [{"reference": "sft"}, {"reference_server": "http://localhost:2"}])
+def test_a_reference_policy_over_http_needs_a_server_of_its_own(half: dict[str, Any], tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {"teacher": "no-model", "rollouts": "no-file", "output": tmp_path / "artifact"}
+    with pytest.raises(InputError, match=r"a reference policy and its server, or neither(?s:.)*--reference-server"):
+        lopd_store.build(**nothing, engine="http", server="http://localhost:1", **half)
 
 
 def test_the_http_engine_needs_a_server_and_no_other_has_one(tmp_path: Path) -> None:
@@ -48,6 +45,8 @@ def test_the_http_engine_needs_a_server_and_no_other_has_one(tmp_path: Path) -> 
         lopd_store.build(**nothing, engine="http")
     with pytest.raises(InputError, match="the transformers engine has no server\n\nhint: add `--engine http`"):
         lopd_store.build(**nothing, server="http://localhost:1")
+    with pytest.raises(InputError, match="the vllm engine has no server"):
+        lopd_store.build(**nothing, engine="vllm", reference_server="http://localhost:1")
 
 
 def test_the_vllm_engine_says_where_vllm_is_missing(teacher_dir: Path) -> None:
@@ -69,7 +68,7 @@ def scores_of(dense: npt.NDArray[np.float64], *, k: int = K, columns: int | None
     """What is made of the likeliest ids of dense rows, listed as an engine lists them."""
     columns = listed(k, vocab_size=VOCAB_SIZE, output_width=WIDTH) if columns is None else columns
     ids = np.array([best(row, columns, WIDTH) for row in dense], np.int64)
-    return to_scores(
+    listing = to_listing(
         rollout([1, 2], RESPONSE),
         ids,
         np.take_along_axis(dense, ids, axis=1).astype(np.float32),
@@ -78,6 +77,7 @@ def scores_of(dense: npt.NDArray[np.float64], *, k: int = K, columns: int | None
         vocab_size=VOCAB_SIZE,
         output_width=WIDTH,
     )
+    return to_scores(listing, k)
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0, 12.0])
