@@ -111,7 +111,7 @@ def test_only_the_audited_file_and_the_teacher_itself_can_be_asked(
         lopd_store.verify(audited.path, teacher=student_dir, sft_data=sft_file)
     with pytest.raises(InputError, match="this artifact has no audit of SFT data"):
         lopd_store.verify(sealed, teacher=teacher_dir, sft_data=sft_file)
-    with pytest.raises(InputError, match="`sft_data` take the `teacher`"):
+    with pytest.raises(InputError, match="`teacher` goes with `rescore` or `sft_data`"):
         lopd_store.verify(audited.path, sft_data=sft_file)
 
 

@@ -76,9 +76,9 @@ def test_a_broken_artifact_is_not_scored_again(artifact: Path, teacher_dir: Path
 
 
 def test_rescoring_needs_a_teacher_and_a_teacher_rescoring(sealed: Path, teacher_dir: Path) -> None:
-    with pytest.raises(InputError, match="`rescore` and `sft_data` take the `teacher`"):
+    with pytest.raises(InputError, match="`teacher` goes with `rescore` or `sft_data`"):
         lopd_store.verify(sealed, rescore=1)
-    with pytest.raises(InputError, match="`rescore` and `sft_data` take the `teacher`"):
+    with pytest.raises(InputError, match="`teacher` goes with `rescore` or `sft_data`"):
         lopd_store.verify(sealed, teacher=teacher_dir)
 
 
