@@ -5,6 +5,7 @@ They load, sample, train and save like the big ones; only their size differs.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -61,6 +62,18 @@ def save_tiny_model(
     torch.set_rng_state(generator_state)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+def swap_ids(directory: Path, one: str, other: str) -> Path:
+    """Give two tokens of a saved tokenizer each other's id; its size stays, and what ids mean does not."""
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    for token in tokenizer["added_tokens"]:
+        token["id"] = vocab[token["content"]]
+    path.write_text(json.dumps(tokenizer))
     return directory
 
 

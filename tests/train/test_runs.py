@@ -23,7 +23,7 @@ from lopd_store.identity import identify
 from lopd_store.provenance import read_checkpoint_record
 from lopd_store.rollouts import write_rollouts
 from lopd_train import Progress, RunResult, TrainConfig
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, swap_ids
 from tests.train.conftest import CONFIG, build, sample
 
 
@@ -184,10 +184,13 @@ def test_a_student_that_did_not_sample_the_rollouts_is_refused(
         lopd_train.train(artifact=artifact, student=student_dir, output=tmp_path / "opd", config=config)
 
 
+@pytest.mark.parametrize("same_size", [False, True])
 def test_another_tokenizer_is_refused_whatever_is_overridden(
-    artifact: Path, sft_data: Path, config: TrainConfig, tmp_path: Path
+    artifact: Path, sft_data: Path, config: TrainConfig, tmp_path: Path, same_size: bool
 ) -> None:
-    other = save_tiny_model(tmp_path / "other", seed=3, vocab_size=290)
+    other = save_tiny_model(tmp_path / "other", seed=3, vocab_size=300 if same_size else 290)
+    if same_size:
+        swap_ids(other, "a", "b")
     with pytest.raises(ConsistencyError, match="the student's tokenizer is not the teacher's"):
         lopd_train.train(
             artifact=artifact,

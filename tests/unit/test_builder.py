@@ -23,7 +23,7 @@ from lopd_store.reader import Artifact
 from lopd_store.rollouts import RolloutsFile
 from tests.artifacts import random_pairs, read_first_part, save_rollouts
 from tests.records import CHECKPOINT, ROLLOUTS, SFT, policy
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, swap_ids
 from tests.unit.conftest import LENGTHS, PART_POSITIONS
 
 
@@ -372,8 +372,11 @@ def test_sft_that_says_nothing_is_refused(
         build_with(None, teacher_dir, tmp_path, sft=tmp_path / name)
 
 
-def test_rollouts_of_another_tokenizer_are_refused(student: ModelIdentity, tmp_path: Path) -> None:
-    other = save_tiny_model(tmp_path / "other-tokenizer", vocab_size=290)
+@pytest.mark.parametrize("same_size", [False, True])
+def test_rollouts_of_another_tokenizer_are_refused(student: ModelIdentity, tmp_path: Path, same_size: bool) -> None:
+    other = save_tiny_model(tmp_path / "other-tokenizer", vocab_size=300 if same_size else 290)
+    if same_size:
+        swap_ids(other, "a", "b")
     with pytest.raises(DataError, match=r"tokenised by another tokenizer(?s:.)*\(other-tokenizer\)(?s:.)*\(student\)"):
         build_with(policy(student), other, tmp_path)
 

@@ -20,6 +20,8 @@ OTHER_SFT_TEACHER = replace(INPUTS, sft=replace(SFT, teacher=OTHER_TEACHER))
 UNKNOWN_POLICY = replace(INPUTS, rollouts=None)
 OTHER_TOKENIZER = identity_named("student", tokenizer=identity_named("x").weights)
 LARGER_VOCABULARY = identity_named("student", vocab_size=301)
+WIDER_TEACHER = identity_named("teacher", output_width=512)  # its head is padded further than the student's
+WIDER = replace(INPUTS, teacher=WIDER_TEACHER, sft=replace(SFT, teacher=WIDER_TEACHER))
 
 ACCUSED = Statistic(positions=20_000, outside=0, score=-900.0, variance=40_000.0)
 HONEST = replace(ACCUSED, score=90.0)
@@ -36,6 +38,7 @@ TABLE = [
     # inputs, student, state, subjects, overrides that are needed
     (INPUTS, STUDENT, "consistent", (), ()),
     (INPUTS, None, "consistent", (), ()),
+    (WIDER, STUDENT, "consistent", (), ()),
     (UNKNOWN_TEACHER, STUDENT, "unknown", ("teacher",), (ALLOW_UNKNOWN,)),
     (UNKNOWN_TEACHER, None, "unknown", ("teacher",), (ALLOW_UNKNOWN,)),
     (OTHER_SFT_TEACHER, STUDENT, "inconsistent", ("teacher",), (ALLOW_INCONSISTENT,)),

@@ -19,7 +19,7 @@ from lopd_store.models import find, without_bars
 from lopd_store.weights import tensor_digests, weights_digests
 from tests.artifacts import identity_named
 from tests.gguf import save_tiny_gguf
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, swap_ids
 
 
 @pytest.fixture
@@ -120,17 +120,31 @@ def test_another_template_changes_the_chat_template(student: ModelIdentity, mode
     assert identify(model_dir).differences(student) == ("chat_template",)
 
 
-def test_a_tokenizer_of_the_same_size_with_two_ids_swapped_is_another(student: ModelIdentity, model_dir: Path) -> None:
-    def swap(tokenizer: Any) -> None:
-        vocab = tokenizer["model"]["vocab"]
-        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-
-    edit_json(model_dir / "tokenizer.json", swap)
-    assert identify(model_dir).differences(student) == ("tokenizer",)
+@pytest.mark.parametrize(("one", "other"), [("a", "b"), ("<|user|>", "<|assistant|>")])
+def test_a_tokenizer_of_the_same_size_with_two_ids_swapped_is_another(
+    student: ModelIdentity, model_dir: Path, one: str, other: str
+) -> None:
+    found = identify(swap_ids(model_dir, one, other))
+    assert found.differences(student) == ("tokenizer",) and found.vocab_size == student.vocab_size
 
 
 def test_a_tokenizer_with_other_merges_is_another(student: ModelIdentity, model_dir: Path) -> None:
     edit_json(model_dir / "tokenizer.json", lambda tokenizer: tokenizer["model"]["merges"].reverse())
+    assert identify(model_dir).differences(student) == ("tokenizer",)
+
+
+@pytest.mark.parametrize(
+    ("file", "edit"),
+    [
+        ("tokenizer_config.json", lambda config: config.update(eos_token="<|user|>")),
+        ("tokenizer.json", lambda tokenizer: tokenizer["added_tokens"][3].update(lstrip=True)),
+        ("tokenizer.json", lambda tokenizer: tokenizer["added_tokens"][3].update(single_word=True)),
+    ],
+)
+def test_a_tokenizer_with_other_special_tokens_is_another(
+    student: ModelIdentity, model_dir: Path, file: str, edit: Callable[[Any], Any]
+) -> None:
+    edit_json(model_dir / file, edit)
     assert identify(model_dir).differences(student) == ("tokenizer",)
 
 
