@@ -11,7 +11,7 @@ import lopd_store
 from lopd_store.interop.target import Format
 
 from . import console
-from .options import AllowInconsistentOption, AllowUnknownOption, Json, overrides
+from .options import AllowInconsistentOption, AllowUnknownOption, Json, OnBadRollout, overrides
 
 app = typer.Typer(
     help="Write an artifact in the format of another trainer, behind the same gate as training.",
@@ -44,6 +44,27 @@ def trl(
     _export("trl", artifact, output, student, allowed, json)
 
 
+@app.command("lightning-opd")
+def lightning_opd(
+    artifact: ArtifactArgument,
+    output: FileOption,
+    tokenizer: Annotated[
+        str, typer.Option(metavar="MODEL", help="A model with the artifact's tokenizer, for the prompts as text.")
+    ],
+    on_bad_rollout: Annotated[
+        OnBadRollout, typer.Option(metavar="fail|skip", help="A prompt that text does not hold: stop, or leave it out.")
+    ] = OnBadRollout.fail,
+    student: StudentOption = None,
+    allow_unknown_sft_teacher: AllowUnknownOption = False,
+    allow_inconsistent_teacher: AllowInconsistentOption = False,
+    json: Json = False,
+) -> None:
+    """Lightning-OPD's Parquet, which slime reads: prompts as text, and the sampled tokens' log-probs."""
+    allowed = overrides(allow_unknown_sft_teacher, allow_inconsistent_teacher)
+    options = {"tokenizer": tokenizer, "on_bad_rollout": on_bad_rollout.value}
+    _export("lightning-opd", artifact, output, student, allowed, json, **options)
+
+
 @app.command()
 def distillkit(
     artifact: ArtifactArgument,
@@ -57,6 +78,21 @@ def distillkit(
     """DistillKit's compressed distributions, in a configuration that loses nothing, and the YAML that decodes them."""
     allowed = overrides(allow_unknown_sft_teacher, allow_inconsistent_teacher)
     _export("distillkit", artifact, output, student, allowed, json, k=k)
+
+
+@app.command()
+def axolotl(
+    artifact: ArtifactArgument,
+    output: FileOption,
+    k: KOption = None,
+    student: StudentOption = None,
+    allow_unknown_sft_teacher: AllowUnknownOption = False,
+    allow_inconsistent_teacher: AllowInconsistentOption = False,
+    json: Json = False,
+) -> None:
+    """Axolotl's prepared rows for knowledge distillation, for `skip_prepare_dataset: true`."""
+    allowed = overrides(allow_unknown_sft_teacher, allow_inconsistent_teacher)
+    _export("axolotl", artifact, output, student, allowed, json, k=k)
 
 
 def _export(

@@ -18,16 +18,20 @@ from lopd_store.reader import Artifact
 from lopd_store.remote import is_remote
 
 from . import console, facts
-from .options import RUNNING, SAMPLING, STORED, DeviceOption, Dtype, DtypeOption, Json, ModelOption, choices
+from .options import (
+    RUNNING,
+    SAMPLING,
+    STORED,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    Json,
+    ModelOption,
+    OnBadRollout,
+    choices,
+)
 
 app = typer.Typer()
-
-
-class OnBadRollout(StrEnum):
-    """What to do with a rollout that cannot be scored."""
-
-    fail = "fail"
-    skip = "skip"
 
 
 class Engine(StrEnum):

@@ -19,6 +19,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class OnBadRollout(StrEnum):
+    """What to do with a rollout that cannot be used."""
+
+    fail = "fail"
+    skip = "skip"
+
+
 class Only(StrEnum):
     """Views that can be asked for by name."""
 

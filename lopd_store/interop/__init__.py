@@ -22,10 +22,11 @@ from lopd_store import gate, reader, sources, strictjson
 from lopd_store.durable import becoming
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity
-from lopd_store.interop import distillkit, trl
+from lopd_store.interop import axolotl, distillkit, lightning_opd, trl
 from lopd_store.interop.target import Format, Keep, Target
 from lopd_store.part import Part
 from lopd_store.reader import Artifact
+from lopd_store.survey import OnBad
 from lopd_store.verifier import OnBytes, verify
 
 RECORD_KEY = b"lopd.export"  # of the metadata of a Parquet schema
@@ -60,6 +61,8 @@ def export(
     student: ModelIdentity | None = None,
     overrides: Collection[str] = (),
     k: int | None = None,
+    tokenizer: str | Path | None = None,
+    on_bad_rollout: OnBad = "fail",
     on_bytes: OnBytes | None = None,
     on_positions: OnBytes | None = None,
 ) -> Exported:
@@ -67,6 +70,8 @@ def export(
 
     One row per rollout, in order; those without a position that counts in the loss are left out, as in training.
     `k` is for `distillkit` and `axolotl`, whose rows all have as many entries: by default as many as any can have.
+    `tokenizer` is for `lightning-opd`, whose prompts are text: a model that has the artifact's; and a prompt that does
+    not survive as text stops the export or, with `on_bad_rollout="skip"`, is left out.
     `on_bytes` hears (bytes so far, bytes in all) of the verification, `on_positions` the same of the writing. Raises
     ConsistencyError where the gate refuses and `overrides` (names in `gate.OVERRIDES`) do not cover it.
     """
@@ -75,7 +80,7 @@ def export(
     opened, output = reader.open(artifact), Path(output)
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
-    target = _target(opened, format, k)
+    target = _target(opened, format, k, tokenizer, on_bad_rollout)
     verdict = gate.judge(opened.manifest.inputs, student)
     overridden = gate.enforce(verdict, overrides)
     record = {
@@ -113,13 +118,21 @@ def _lineage(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _target(artifact: Artifact, format: Format, k: int | None) -> Target:
+def _target(
+    artifact: Artifact, format: Format, k: int | None, tokenizer: str | Path | None, on_bad_rollout: OnBad
+) -> Target:
     if k is not None and format not in FIXED_K:
-        raise InputError(f"`k` does not go with `{format}`", expected=f"{' or '.join(FIXED_K)}")
+        raise InputError(f"`k` does not go with `{format}`", expected=" or ".join(FIXED_K))
+    if (tokenizer is not None) != (format == "lightning-opd"):
+        raise InputError("`tokenizer` goes with `lightning-opd`, and it with a tokenizer", actual=format)
     if format == "trl":
         return trl.target(artifact)
     if format == "distillkit":
         return distillkit.target(artifact, k)
+    if format == "axolotl":
+        return axolotl.target(artifact, k)
+    if tokenizer is not None:
+        return lightning_opd.target(artifact, tokenizer, on_bad_rollout)
     raise InputError(f"there is no format `{format}`", expected=", ".join(get_args(Format)))
 
 

@@ -58,7 +58,7 @@ def assert_same(row: dict[str, Any], decoded: Rows, rollout: Any, k: int) -> Non
         stored = slice(topk.offsets[position], topk.offsets[position] + min(k, topk.counts[position]))
         count = stored.stop - stored.start
         assert ids[:count] == topk.ids[stored].tolist()
-        np.testing.assert_array_equal(np.asarray(logprobs[:count], np.float32), topk.logprobs[stored])
+        np.testing.assert_array_equal(np.array(logprobs[:count], np.float32), topk.logprobs[stored])
         assert len(set(ids)) == k and logprobs[count:] == [-1e4] * (k - count)
     counted = [False] * (prompt - 1) + rollout.loss_mask.tolist() + [False]
     wanted = [id if counts else -100 for id, counts in zip(row["input_ids"], counted, strict=True)]
