@@ -108,12 +108,14 @@ def make_manifest(parts: tuple[PartEntry, ...], encoding: Encoding, vocab_size: 
     return Manifest(
         counts=Counts(**{name: sum(some[name] for some in counts) for name in counts[0]}),
         encoding=encoding,
-        inputs=Inputs(
-            teacher=teacher,
-            scoring=Scoring(engine="transformers", dtype="float32"),
-            sft=UNKNOWN_SFT,
-            rollouts_file=digest,
-            rollouts=None,
+        inputs=(
+            Inputs(
+                teacher=teacher,
+                scoring=Scoring(engine="transformers", dtype="float32"),
+                sft=UNKNOWN_SFT,
+                rollouts_file=digest,
+                rollouts=None,
+            ),
         ),
         parts=parts,
         reference_logprobs=True,

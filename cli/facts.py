@@ -9,6 +9,7 @@ from lopd_store.building import SKIPPED
 from lopd_store.errors import ConsistencyError
 from lopd_store.identity import load_tokenizer_of
 from lopd_store.license import License
+from lopd_store.manifest import Manifest
 from lopd_store.reader import Artifact
 
 from . import console
@@ -34,7 +35,7 @@ def answer(artifact: Artifact, json: bool) -> None:
 def _facts(artifact: Artifact) -> dict[str, Any]:
     """What `inspect --json` answers."""
     manifest = artifact.manifest
-    inputs, counts, audit = manifest.inputs, manifest.counts, manifest.inputs.sft_audit
+    counts = manifest.counts
     size = sum(file.size for part in manifest.parts for file in part.files.values())
     return {
         "path": artifact.place,
@@ -50,20 +51,22 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
         "mean_k": round(counts.entries / max(counts.positions, 1), 2),
         "encoding": manifest.encoding.to_json(),
         "reference_logprobs": manifest.reference_logprobs,
-        "teacher": inputs.teacher.to_json(),
-        "license": inputs.license.to_json(),
-        "scoring": inputs.scoring.to_json(),
-        "sft": inputs.sft.to_json(),
-        "sft_audit": None if audit is None else audit.to_json() | audit.found.to_json(),
-        "rollouts": None if inputs.rollouts is None else inputs.rollouts.to_json(),
-        "rollouts_audit": None if inputs.rollouts_audit is None else inputs.rollouts_audit.to_json(),
-        "consistency": gate.judge(inputs).state,
+        "inputs": [_input_facts(manifest, index) for index in range(len(manifest.inputs))],
+        "consistency": gate.judge(manifest.inputs).state,
     }
+
+
+def _input_facts(manifest: Manifest, index: int) -> dict[str, Any]:
+    """What one teacher scored, and what the audits found."""
+    one = manifest.inputs[index]
+    sft_audit = None if one.sft_audit is None else one.sft_audit.to_json() | one.sft_audit.found.to_json()
+    rollouts_audit = None if one.rollouts_audit is None else one.rollouts_audit.to_json()
+    counts = manifest.counts_of(index).to_json()
+    return one.to_json() | {"counts": counts, "sft_audit": sft_audit, "rollouts_audit": rollouts_audit}
 
 
 def _say_facts(facts: dict[str, Any]) -> None:
     counts, selection = facts["counts"], facts["encoding"]["selection"]
-    sft, rollouts = facts["sft"], facts["rollouts"]
     console.table(
         [
             ("artifact", facts["path"]),
@@ -74,15 +77,24 @@ def _say_facts(facts: dict[str, Any]) -> None:
             ("parts", _parts(facts)),
             ("top-k", f"mean k {facts['mean_k']}; {_selection(selection)}"),
             ("size", f"{facts['bytes']:,} bytes, {facts['bytes_per_position']} per position"),
-            ("teacher", _model(facts["teacher"])),
-            ("licence", str(License(**facts["license"]))),
-            ("SFT teacher", f"{_model(sft['teacher'])} ({sft['status']})" if sft["teacher"] else "unknown"),
-            ("SFT data audit", _audit(facts["sft_audit"])),
-            ("reference policy", _model(rollouts["policy"]) if rollouts else "unknown"),
-            ("rollouts audit", _audit(facts["rollouts_audit"])),
+            *(row for one in facts["inputs"] for row in _input_rows(one)),
             ("consistency", facts["consistency"]),
         ]
     )
+
+
+def _input_rows(one: dict[str, Any]) -> list[tuple[str, str]]:
+    sft, rollouts, counts = one["sft"], one["rollouts"], one["counts"]
+    size = f"{counts['rollouts']:,} rollouts, {counts['positions']:,} positions"
+    return [
+        *([] if one["domain"] is None else [("domain", f"{one['domain']}: {size}")]),
+        ("teacher", _model(one["teacher"])),
+        ("licence", str(License(**one["license"]))),
+        ("SFT teacher", f"{_model(sft['teacher'])} ({sft['status']})" if sft["teacher"] else "unknown"),
+        ("SFT data audit", _audit(one["sft_audit"])),
+        ("reference policy", _model(rollouts["policy"]) if rollouts else "unknown"),
+        ("rollouts audit", _audit(one["rollouts_audit"])),
+    ]
 
 
 def _audit(facts: dict[str, Any] | None) -> str:
@@ -144,7 +156,7 @@ def _decoder(artifact: Artifact, model: str | None) -> Any:
     """Turns an id into text with the tokenizer of `model`, which must be the artifact's; without one, into None."""
     if model is None:
         return lambda id: None
-    tokenizer = load_tokenizer_of(model, artifact.manifest.inputs.teacher)
+    tokenizer = load_tokenizer_of(model, artifact.manifest.inputs[0].teacher)  # all have one tokenizer
     return lambda id: tokenizer.decode([id])
 
 

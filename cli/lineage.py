@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import lopd_store
@@ -32,7 +33,8 @@ def show(path: Path, *, json: bool) -> None:
         facts = {"path": str(path), "links": [link.to_json() for link in links]}
         console.answer({**facts, "weakest": weakest, "consistency": consistency})
         return
-    console.chain([[_title(link), *(f"  {line}" for line in _details(link))] for link in links])
+    for _, branch in itertools.groupby(links, key=lambda link: link.domain):
+        console.chain([[_title(link), *(f"  {line}" for line in _details(link))] for link in branch])
     console.say(f"weakest link: {weakest}")
     if consistency is not None:
         console.say(f"teacher consistency: {consistency}")
@@ -58,14 +60,14 @@ def _of_checkpoint(path: Path, record: CheckpointRecord) -> tuple[Artifact | Non
         model = lopd_store.identify(path, on_bytes=meter.update)
     inputs, artifact = _inputs(path), None
     if record.method == "opd":
-        artifact = _artifact(inputs.get("data"), record.data)
-        inputs = _inputs(inputs["model"]) if "model" in inputs else {}
-    sft_data = _sft_data(inputs.get("data"), record.sft.data)
+        artifact = _artifact(inputs.get("data", []), record.data)
+        inputs = _inputs(inputs["model"][0]) if inputs.get("model") else {}
+    sft_data = _sft_data(inputs.get("data", []), record)
     manifest = None if artifact is None else artifact.manifest
     return artifact, lineage.of_checkpoint(record, model, artifact=manifest, sft_data=sft_data)
 
 
-def _inputs(directory: Path) -> dict[str, Path]:
+def _inputs(directory: Path) -> dict[str, list[Path]]:
     """Where the model and the data of a run lay; empty where the directory does not say."""
     path = directory / _RUN_FILE
     if not path.is_file():
@@ -74,22 +76,25 @@ def _inputs(directory: Path) -> dict[str, Path]:
     inputs = run.get("inputs") if isinstance(run, dict) else None
     found = {}
     for name, value in inputs.items() if isinstance(inputs, dict) else ():
-        if isinstance(value, dict) and isinstance(value.get("path"), str):
-            found[name] = Path(value["path"])
+        paths = value.get("path") if isinstance(value, dict) else None
+        paths = paths if isinstance(paths, list) else [paths]
+        found[name] = [Path(path) for path in paths if isinstance(path, str)]
     return found
 
 
-def _artifact(path: Path | None, fingerprint: str | None) -> Artifact | None:
+def _artifact(paths: list[Path], fingerprint: str | None) -> Artifact | None:
     """The artifact that a student was trained on, if it is still there."""
-    if path is None or not _is_artifact(path) or digest_file(path / layout.MANIFEST).sha256 != fingerprint:
+    there = [path for path in paths if _is_artifact(path)]
+    if not there or digest_file(there[0] / layout.MANIFEST).sha256 != fingerprint:
         return None
-    return lopd_store.open(path)
+    return lopd_store.open(there[0])
 
 
-def _sft_data(path: Path | None, digest: str | None) -> RolloutsRecord | None:
-    """The record of the SFT data, if the file is still there."""
-    is_it = path is not None and path.suffix == ".parquet" and path.is_file() and digest_file(path).sha256 == digest
-    return read_record(path) if path is not None and is_it else None
+def _sft_data(paths: list[Path], record: CheckpointRecord) -> dict[str, RolloutsRecord]:
+    """The records of the SFT data by their digests, of those files that are still there."""
+    there = {digest_file(path).sha256: path for path in paths if path.suffix == ".parquet" and path.is_file()}
+    found = {sft.data: read_record(there[sft.data]) for sft in record.sft if sft.data in there}
+    return {digest: record for digest, record in found.items() if digest is not None and record is not None}
 
 
 def _is_artifact(path: Path) -> bool:
@@ -98,7 +103,8 @@ def _is_artifact(path: Path) -> bool:
 
 def _title(link: Link) -> str:
     name = "" if link.name is None else f" {link.name}"
-    return f"{link.thing}{name}: {link.mark} ({link.reason})"
+    domain = "" if link.domain is None else f"{link.domain}: "
+    return f"{domain}{link.thing}{name}: {link.mark} ({link.reason})"
 
 
 def _details(link: Link) -> list[str]:

@@ -179,6 +179,10 @@ def build(
         Path | None,
         typer.Option(metavar="FILE", help="The SFT data: audit it under the teacher, and keep what was found."),
     ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What the rollouts are of, where the policy had SFT data of several."),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -271,6 +275,7 @@ def build(
             output=output,
             sft=sft,
             sft_data=sft_data,
+            domain=domain,
             reference=reference,
             text=not no_text,
             exact=exact,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,6 +70,30 @@ def overrides(allow_unknown: bool, allow_inconsistent: bool) -> list[str]:
     """The names of the overrides that were given."""
     allowed = {gate.ALLOW_UNKNOWN: allow_unknown, gate.ALLOW_INCONSISTENT: allow_inconsistent}
     return [name for name, allow in allowed.items() if allow]
+
+
+def parse_domains(texts: Sequence[str], option: str) -> str | dict[str, str]:
+    """The values of an option that is said once, or once per domain as `DOMAIN=VALUE`."""
+    named: dict[str, str] = {}
+    for text in texts:
+        domain, value = split_domain(text)
+        if domain is None and len(texts) == 1:
+            return value
+        if domain is None or domain in named:
+            raise InputError(
+                f"`{option} {text}` {'needs a domain' if domain is None else 'names a domain twice'}",
+                expected=f"{option} DOMAIN=VALUE, once per domain",
+            )
+        named[domain] = value
+    return named
+
+
+def split_domain(text: str) -> tuple[str | None, str]:
+    """The domain and the value of `DOMAIN=VALUE`; what exists under the whole name is a path, `./a=b` another."""
+    domain, sign, value = text.partition("=")
+    if not sign or "/" in domain or Path(text).exists():
+        return None, text
+    return domain, value
 
 
 def parse_parts(text: str | None) -> range | None:

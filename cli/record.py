@@ -11,7 +11,7 @@ from lopd_store.declare import declare_checkpoint, declare_rollouts
 from lopd_store.identity import ModelIdentity
 
 from . import console
-from .options import Json
+from .options import Json, parse_domains
 
 app = typer.Typer(
     help="Declare who sampled or fine-tuned what our tools did not make; it stays marked as declared.",
@@ -62,10 +62,12 @@ def checkpoint(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint; its record is written into it.")],
     base: Annotated[str, typer.Option(metavar="MODEL", help="The model that the fine-tuning started from.")],
     sft_data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What it was tuned on; where it has a record, that is read.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="What it was tuned on, its record read; once per domain as DOMAIN=FILE."),
     ] = None,
     sft_teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The teacher, where the data does not name it.")
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="The teacher, where the data does not name it; also DOMAIN=MODEL."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the record that is there.")] = False,
     json: Json = False,
@@ -73,13 +75,20 @@ def checkpoint(
     """Declare what a checkpoint was fine-tuned from, and which teacher wrote its SFT data."""
     with console.progress("identity", "bytes") as meter:
         record = declare_checkpoint(
-            directory, base=base, sft_data=sft_data, sft_teacher=sft_teacher, force=force, on_bytes=meter.update
+            directory,
+            base=base,
+            sft_data=parse_domains(sft_data, "--sft-data") if sft_data else None,
+            sft_teacher=parse_domains(sft_teacher, "--sft-teacher") if sft_teacher else None,
+            force=force,
+            on_bytes=meter.update,
         )
     if json:
         console.answer({"checkpoint": str(directory), "record": record.to_json()})
         return
-    assert record.sft.teacher is not None
-    console.say(f"{directory}: declared, tuned from {_model(record.base)}, SFT teacher {_model(record.sft.teacher)}")
+    teachers = [
+        ("" if one.domain is None else f"{one.domain}: ") + _model(one.teacher) for one in record.sft if one.teacher
+    ]
+    console.say(f"{directory}: declared, tuned from {_model(record.base)}, SFT teacher {', '.join(teachers)}")
 
 
 def _declare(

@@ -110,6 +110,9 @@ def _answer(found: list[Found], json: bool) -> None:
         console.note("nothing found")
         return
     console.table(
-        [(row["url"], row["teacher"], f"{row['positions']:,}", row["consistency"]) for row in rows],
+        [
+            (row["url"], ", ".join(one["name"] for one in row["teachers"]), f"{row['positions']:,}", row["consistency"])
+            for row in rows
+        ],
         header=("artifact", "teacher", "positions", "consistency"),
     )

@@ -17,7 +17,7 @@ from lopd_train.config import help_of
 from lopd_train.world import from_environment
 
 from . import console, settings
-from .options import AllowInconsistentOption, AllowUnknownOption, overrides
+from .options import AllowInconsistentOption, AllowUnknownOption, overrides, parse_domains
 from .track import Tracker, tracking
 
 app = typer.Typer(
@@ -92,7 +92,10 @@ def with_config(defaults: TrainConfig) -> Callable[[Callable[..., None]], Callab
 @with_config(SFT)
 def sft(
     model: ModelOption,
-    data: Annotated[Path, typer.Option(metavar="FILE", help="SFT data, as `lopd-store generate` writes it.")],
+    data: Annotated[
+        list[str],
+        typer.Option(metavar="FILE", help="SFT data of `lopd-store generate`; once per domain as DOMAIN=FILE."),
+    ],
     output: OutputOption,
     config: TrainConfig,
     track: Track = None,
@@ -101,7 +104,12 @@ def sft(
     """Train a model on the responses of a teacher, and record which teacher it was."""
     with _shown("sft") as on_progress, tracking(track, output, config) as on_metrics:
         result = lopd_train.train_sft(
-            model=model, data=data, output=output, config=config, on_progress=on_progress, on_metrics=on_metrics
+            model=model,
+            data=parse_domains(data, "--data"),
+            output=output,
+            config=config,
+            on_progress=on_progress,
+            on_metrics=on_metrics,
         )
     _answer(result, json)
 

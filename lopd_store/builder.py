@@ -47,6 +47,7 @@ class Settings:
     rollouts: str | Path
     sft: str | Path | None = None
     sft_data: str | Path | None = None
+    domain: str | None = None
     reference: str | Path | None = None
     exact: bool = False
     k_min: int = 1
@@ -76,6 +77,7 @@ class Settings:
             rollouts=Path(self.rollouts),
             sft=None if self.sft is None else Path(self.sft),
             sft_data=None if self.sft_data is None else Path(self.sft_data),
+            domain=self.domain,
             encoding=self.encoding(),
             scoring=Scoring(engine=self.engine, dtype=self.dtype),
             reference=reference,
@@ -115,6 +117,7 @@ def build(
     output: str | Path,
     sft: str | Path | None = None,
     sft_data: str | Path | None = None,
+    domain: str | None = None,
     reference: str | Path | None = None,
     exact: bool = False,
     k_min: int = 1,
@@ -160,6 +163,7 @@ def build(
         rollouts=rollouts,
         sft=sft,
         sft_data=sft_data,
+        domain=domain,
         reference=reference,
         exact=exact,
         k_min=k_min,

@@ -25,7 +25,7 @@ from lopd_store.card import render_card
 from lopd_store.digest import digest_bytes
 from lopd_store.durable import remove_unfinished, sync_directory, write_durably
 from lopd_store.errors import DataError, InputError, LopdError, UnavailableError
-from lopd_store.manifest import Counts, Manifest, render
+from lopd_store.manifest import Manifest, render, total
 from lopd_store.noise import Noise
 from lopd_store.plan import Plan, differences
 from lopd_store.scoring import DONE, DoneNote, is_done, read_note
@@ -201,15 +201,15 @@ def require_whole(building: Path, plan: Plan) -> None:
 def write_seal(plan: Plan, building: Path, *, workers: int | None) -> bytes:
     """Write manifest, card and build record; gives the manifest's bytes."""
     notes = [checked_note(building, number, plan) for number in range(len(plan.parts))]
-    total = {name: sum(getattr(note.counts, name) for note in notes) for name in notes[0].counts.to_json()}
+    entries = tuple(note.entry for note in notes)
     skipped = sorted([*plan.skipped, *(bad for note in notes for bad in note.skipped)], key=lambda bad: bad.row)
     audits = [note.audit for note in notes if note.audit is not None]
     rollouts_audit = add_up(audits) if audits else None
     manifest = Manifest(
-        counts=Counts(**total),
+        counts=total(entries),
         encoding=plan.encoding,
-        inputs=replace(plan.inputs, sft_audit=read_sft_audit(building, plan), rollouts_audit=rollouts_audit),
-        parts=tuple(note.entry for note in notes),
+        inputs=(replace(plan.inputs, sft_audit=read_sft_audit(building, plan), rollouts_audit=rollouts_audit),),
+        parts=entries,
         reference_logprobs=plan.reference_logprobs,
         text=plan.text,
         annotations={SKIPPED: len(skipped)} if skipped else {},

@@ -7,6 +7,7 @@ stays when the card is made again.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -36,6 +37,7 @@ def render_card(manifest: Manifest, fingerprint: str) -> str:
         manifest=manifest,
         inputs=manifest.inputs,
         counts=manifest.counts,
+        counts_of=manifest.counts_of,
         fingerprint=fingerprint,
         tag=tag_of(fingerprint),
         repository=UNNAMED,
@@ -64,21 +66,25 @@ def merge_card(generated: str, edited: str) -> str:
     return _join(metadata, before + block + after)
 
 
-def search_tags(*, teacher: str | None = None, tokenizer: str | None = None) -> list[str]:
-    """The tags by which an artifact of this teacher (the digest of its weights) or tokenizer (its digest) is found."""
-    digests = {"teacher": teacher, "tokenizer": tokenizer}
-    named = [f"{_TAG}-{what}-{digest[7:19]}" for what, digest in digests.items() if digest is not None]
-    return [_TAG, *named]
+def search_tags(*, teachers: Iterable[str] = (), tokenizer: str | None = None) -> list[str]:
+    """The tags by which an artifact of these teachers (digests of weights) and tokenizer (its digest) is found."""
+    named = [f"{_TAG}-teacher-{digest[7:19]}" for digest in dict.fromkeys(teachers)]
+    return [_TAG, *named, *([] if tokenizer is None else [f"{_TAG}-tokenizer-{tokenizer[7:19]}"])]
 
 
 def _metadata(manifest: Manifest) -> dict[str, Any]:
     """What the Hub reads of a card: nothing in it is text of strangers but ids of models that can be ids."""
     inputs = manifest.inputs
-    models = [inputs.teacher, *([inputs.rollouts.policy] if inputs.rollouts else [])]
+    policies = [one.rollouts.policy for one in inputs if one.rollouts]
+    models = [*(one.teacher for one in inputs), *policies]
     base = dict.fromkeys(model.name for model in models if _is_on_hub(model))
-    license = inputs.license.id if _LICENSE.fullmatch(inputs.license.id or "") else None
+    licenses = {one.license.id or "" for one in inputs}
+    license = licenses.pop() if len(licenses) == 1 and all(map(_LICENSE.fullmatch, licenses)) else None
     return {
-        "tags": [*search_tags(teacher=inputs.teacher.weights, tokenizer=inputs.teacher.tokenizer), "distillation"],
+        "tags": [
+            *search_tags(teachers=[one.teacher.weights for one in inputs], tokenizer=inputs[0].teacher.tokenizer),
+            "distillation",
+        ],
         **({"license": license} if license else {}),
         **({"base_model": list(base)} if base else {}),
         "size_categories": [_size_category(manifest.counts.rollouts)],

@@ -40,9 +40,10 @@ class Found:
             "repository": self.repository,
             "url": f"hf://{self.repository}@{tag_of(self.artifact.fingerprint)}",
             "fingerprint": self.artifact.fingerprint,
-            "teacher": inputs.teacher.name,
-            "weights": inputs.teacher.weights,
-            "tokenizer": inputs.teacher.tokenizer,
+            "teachers": [
+                {"domain": one.domain, "name": one.teacher.name, "weights": one.teacher.weights} for one in inputs
+            ],
+            "tokenizer": inputs[0].teacher.tokenizer,
             "rollouts": counts.rollouts,
             "positions": counts.positions,
             "consistency": gate.judge(inputs).state,
@@ -62,7 +63,7 @@ def search(
         raise InputError("nothing to search for", hint="name an owner, a teacher or a tokenizer")
     weights = None if teacher is None else str(teacher) if is_digest(str(teacher)) else identify(teacher).weights
     vocabulary = None if tokenizer is None else _tokenizer_digest(str(tokenizer))
-    tags = search_tags(teacher=weights, tokenizer=vocabulary)
+    tags = search_tags(teachers=[] if weights is None else [weights], tokenizer=vocabulary)
     with hub_errors(owner or "the Hub"):
         repositories = [info.id for info in HfApi().list_datasets(author=owner, filter=tags, limit=limit)]
     every = [_read(repository) for repository in repositories]
@@ -77,8 +78,8 @@ def _read(repository: str) -> Found:
 
 
 def _fits(artifact: Artifact, weights: str | None, tokenizer: str | None) -> bool:
-    identity = artifact.manifest.inputs.teacher
-    return weights in (None, identity.weights) and tokenizer in (None, identity.tokenizer)
+    teachers = [one.teacher for one in artifact.manifest.inputs]
+    return weights in (None, *(one.weights for one in teachers)) and tokenizer in (None, teachers[0].tokenizer)
 
 
 def _tokenizer_digest(model: str) -> str:

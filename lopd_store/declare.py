@@ -10,6 +10,8 @@ It is `declared`, and so is whatever rests on it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from lopd_store import models, strictjson
@@ -23,6 +25,8 @@ from lopd_store.provenance import (
     RolloutsRecord,
     Sampling,
     SftProvenance,
+    are_domains,
+    by_domain,
     read_checkpoint_record,
     sft_of_data,
 )
@@ -84,15 +88,16 @@ def declare_checkpoint(
     directory: str | Path,
     *,
     base: str | Path,
-    sft_data: str | Path | None = None,
-    sft_teacher: str | Path | None = None,
+    sft_data: str | Path | Mapping[str, str | Path] | None = None,
+    sft_teacher: str | Path | Mapping[str, str | Path] | None = None,
     force: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> CheckpointRecord:
     """Write the record beside a checkpoint that it was fine-tuned from this base on a teacher's responses.
 
     The teacher is the one that the record of `sft_data` names, or `sft_teacher`; together with it `sft_data` may be
-    a file of any kind. Raises InputError where neither names one, or a record is there already without `force`.
+    a file of any kind. Both may be one per domain. Raises InputError where neither names a teacher, or a record is
+    there already without `force`.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -101,15 +106,26 @@ def declare_checkpoint(
     if path.exists() and not force:
         raise InputError(f"`{path}` exists", hint="pass `--force` to put a declared record in its place")
     model = identify(directory, on_bytes=on_bytes)
-    teacher = None if sft_teacher is None else identify(sft_teacher, on_bytes=on_bytes)
-    sft = _sft(None if sft_data is None else Path(sft_data), teacher)
+    data = {} if sft_data is None else by_domain(sft_data, "sft_data")
+    teachers = {} if sft_teacher is None else by_domain(sft_teacher, "sft_teacher")
+    sft = []
+    for domain in dict.fromkeys([*data, *teachers]) or [None]:
+        file, named = data.get(domain), teachers.get(domain)
+        teacher = None if named is None else identify(named, on_bytes=on_bytes)
+        sft.append(replace(_sft(None if file is None else Path(file), teacher), domain=domain))
+    if not are_domains([one.domain for one in sft]):
+        raise InputError(
+            "`sft_data` and `sft_teacher` do not name the same domains",
+            expected=", ".join(map(str, data)),
+            actual=", ".join(map(str, teachers)),
+        )
     record = CheckpointRecord(
         status="declared",
         method="sft",
         model=model,
         base=identify(base, on_bytes=on_bytes),
-        data=sft.data,
-        sft=sft,
+        data=sft[0].data if len(sft) == 1 else None,
+        sft=tuple(sft),
     )
     write_durably(path, strictjson.pretty(record.to_json()))
     return record

@@ -1,6 +1,6 @@
 """The gate: may this student be trained from this artifact?
 
-    verdict = judge(manifest.inputs, student=identify("sft/"))
+    verdict = judge(manifest.inputs, student=identify("sft/"))     # each domain by itself
     verdict.state       # "consistent", "inconsistent" or "unknown"
 
 Lightning OPD is unbiased only if the teacher that wrote the SFT data is the one that scored the rollouts
@@ -9,12 +9,12 @@ Lightning OPD is unbiased only if the teacher that wrote the SFT data is the one
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lopd_store.errors import ConsistencyError
-from lopd_store.identity import ModelIdentity
+from lopd_store.identity import TOKENIZER_FIELDS, ModelIdentity
 from lopd_store.manifest import Inputs
 from lopd_store.statistic import Statistic
 
@@ -23,7 +23,6 @@ ALLOW_UNKNOWN = "allow-unknown-sft-teacher"
 ALLOW_INCONSISTENT = "allow-inconsistent-teacher"
 OVERRIDES = (ALLOW_UNKNOWN, ALLOW_INCONSISTENT)
 Subject = Literal["teacher", "SFT data", "rollouts", "student", "tokenizer"]
-TOKENIZER_FIELDS = ("tokenizer", "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +59,25 @@ class Verdict:
         return "inconsistent" if "inconsistent" in states else "unknown" if states else "consistent"
 
 
-def judge(inputs: Inputs, student: ModelIdentity | None = None) -> Verdict:
+def judge(inputs: Sequence[Inputs], student: ModelIdentity | None = None) -> Verdict:
     """Compare SFT teacher with scoring teacher and, given a student, reference policy and tokenizers with it.
 
-    What was audited when the artifact was built speaks, too, and against every record.
+    Each domain is compared by itself; what is not found of all of them names those that it is found of. What was
+    audited when the artifact was built speaks, too, and against every record.
     """
-    findings = [_teacher(inputs), _sft_data(inputs), _rollouts(inputs)]
+    found = [(one, compare(one)) for one in inputs for compare in (_teacher, _sft_data, _rollouts)]
     if student is not None:
-        findings += [_student(inputs, student), _tokenizer(inputs, student)]
-    return Verdict(findings=tuple(finding for finding in findings if finding is not None))
+        found += [(one, _student(one, student)) for one in inputs]
+        found += [(one, _tokenizer(inputs[0], student)) for one in inputs]  # all teachers have one
+    domains: dict[Finding, list[str]] = {}
+    for one, finding in found:
+        if finding is not None:
+            domains.setdefault(finding, []).append(one.domain or "")
+    return Verdict(
+        findings=tuple(
+            finding if len(of) == len(inputs) else _in_domains(finding, of) for finding, of in domains.items()
+        )
+    )
 
 
 def enforce(verdict: Verdict, overrides: Collection[str] = ()) -> tuple[str, ...]:
@@ -90,6 +99,11 @@ def enforce(verdict: Verdict, overrides: Collection[str] = ()) -> tuple[str, ...
             )
         used.append(override)
     return tuple(sorted(set(used)))
+
+
+def _in_domains(finding: Finding, domains: Sequence[str]) -> Finding:
+    """The finding with the domains that it is found of at the head of its reason."""
+    return replace(finding, reason=f"domain{'s' * (len(domains) > 1)} {', '.join(domains)}: {finding.reason}")
 
 
 def _teacher(inputs: Inputs) -> Finding | None:

@@ -28,6 +28,7 @@ _NOT_MEANINGFUL_OF_ADAPTERS = {
     *("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "task_type"),
     *("init_lora_weights", "lora_dropout", "runtime_config", "eva_config", "corda_config"),
 }
+TOKENIZER_FIELDS = ("tokenizer", "vocab_size")  # what a token id means
 TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 
 

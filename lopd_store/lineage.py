@@ -9,18 +9,20 @@ both sides are there and equal, and no person's word is in between, is a link `v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lopd_store.identity import ModelIdentity
-from lopd_store.manifest import Manifest
+from lopd_store.manifest import Inputs, Manifest
 from lopd_store.provenance import CheckpointRecord, RolloutsRecord, SftProvenance, Status
 from lopd_store.statistic import Statistic
 
 # Broken: both sides are known, and differ. Recorded: a tool of ours wrote it down, and the other side is not here.
 Mark = Literal["broken", "unknown", "declared", "recorded", "verified"]
 MARKS: tuple[Mark, ...] = ("broken", "unknown", "declared", "recorded", "verified")  # from weak to strong
+Records = Mapping[str, RolloutsRecord]  # by the digests of their files
+_NOTHING: Records = {}
 Thing = Literal["SFT data", "SFT checkpoint", "rollouts", "artifact", "student"]
 _MADE: dict[Thing, str] = {
     "SFT data": "written by",
@@ -43,6 +45,7 @@ class Link:
     digest: str | None = None  # of the file, of the weights, or the artifact's fingerprint
     prompts: str | None = None  # digest
     audit: Statistic | None = None  # of the text at this link
+    domain: str | None = None  # of the branch that it is in; None where all domains meet
 
     @property
     def made(self) -> str:
@@ -59,13 +62,48 @@ class Link:
         }
 
 
-def of_manifest(manifest: Manifest, fingerprint: str, *, sft_data: RolloutsRecord | None = None) -> tuple[Link, ...]:
-    """The chain up to an artifact; `sft_data` is the record of the SFT data, where the file is at hand."""
-    inputs = manifest.inputs
+def of_manifest(manifest: Manifest, fingerprint: str, *, sft_data: Records = _NOTHING) -> tuple[Link, ...]:
+    """The chain up to an artifact, one branch after the other where it has domains.
+
+    `sft_data` are the records of files of SFT data by their digests, where they are at hand.
+    """
+    return tuple(
+        replace(link, domain=one.domain) for one in manifest.inputs for link in _branch(one, fingerprint, sft_data)
+    )
+
+
+def of_checkpoint(
+    record: CheckpointRecord,
+    model: ModelIdentity,
+    *,
+    artifact: Manifest | None = None,
+    sft_data: Records = _NOTHING,
+) -> tuple[Link, ...]:
+    """The chain up to a checkpoint, which `model` identifies as it lies there.
+
+    `artifact` is the one whose fingerprint is `record.data`, `sft_data` as for `of_manifest`.
+    """
+    data = tuple(replace(_sft_data(one, sft_data), domain=one.domain) for one in record.sft)
+    if record.method == "sft":
+        return (*data, _held_to(_policy(record, record.sft, sft_data), record, model))
+    if artifact is not None and record.data is not None:
+        chain = of_manifest(artifact, record.data, sft_data=sft_data)
+    else:
+        lost = Link(thing="artifact", mark="unknown", reason="it is not here to look into", digest=record.data)
+        chain = (*data, lost)
+    return (*chain, _held_to(_student(record, artifact), record, model))
+
+
+def weakest(links: Sequence[Link]) -> Mark:
+    """How sure the whole chain is: as its weakest link."""
+    return min((link.mark for link in links), key=MARKS.index)
+
+
+def _branch(inputs: Inputs, fingerprint: str, sft_data: Records) -> tuple[Link, ...]:
     checkpoint = None if inputs.rollouts is None else inputs.rollouts.policy_checkpoint
     return (
         _sft_data(inputs.sft, sft_data),
-        _policy(checkpoint, inputs.sft, sft_data),
+        _policy(checkpoint, [inputs.sft], sft_data),
         _audited(_rollouts(inputs.rollouts, inputs.rollouts_file), inputs.rollouts_audit, "it did not sample them"),
         _audited(
             _artifact(inputs.teacher, inputs.sft, fingerprint),
@@ -75,35 +113,8 @@ def of_manifest(manifest: Manifest, fingerprint: str, *, sft_data: RolloutsRecor
     )
 
 
-def of_checkpoint(
-    record: CheckpointRecord,
-    model: ModelIdentity,
-    *,
-    artifact: Manifest | None = None,
-    sft_data: RolloutsRecord | None = None,
-) -> tuple[Link, ...]:
-    """The chain up to a checkpoint, which `model` identifies as it lies there.
-
-    `artifact` is the one whose fingerprint is `record.data`, `sft_data` the record of the file whose digest is
-    `record.sft.data`, each where it is at hand.
-    """
-    if record.method == "sft":
-        policy = _policy(record, record.sft, sft_data)
-        return (_sft_data(record.sft, sft_data), _held_to(policy, record, model))
-    if artifact is not None and record.data is not None:
-        chain = of_manifest(artifact, record.data, sft_data=sft_data)
-    else:
-        lost = Link(thing="artifact", mark="unknown", reason="it is not here to look into", digest=record.data)
-        chain = (_sft_data(record.sft, sft_data), lost)
-    return (*chain, _held_to(_student(record, artifact), record, model))
-
-
-def weakest(links: Sequence[Link]) -> Mark:
-    """How sure the whole chain is: as its weakest link."""
-    return min((link.mark for link in links), key=MARKS.index)
-
-
-def _sft_data(sft: SftProvenance, record: RolloutsRecord | None) -> Link:
+def _sft_data(sft: SftProvenance, records: Records) -> Link:
+    record = records.get(sft.data or "")
     mark: Mark
     if sft.teacher is None:
         mark, reason = "unknown", "nothing says which teacher wrote it"
@@ -117,22 +128,25 @@ def _sft_data(sft: SftProvenance, record: RolloutsRecord | None) -> Link:
     return Link(thing="SFT data", mark=mark, reason=reason, model=sft.teacher, digest=sft.data, prompts=prompts)
 
 
-def _policy(record: CheckpointRecord | None, sft: SftProvenance, data: RolloutsRecord | None) -> Link:
-    """The reference policy, as the checkpoint that SFT made."""
+def _policy(record: CheckpointRecord | None, sfts: Sequence[SftProvenance], records: Records) -> Link:
+    """The reference policy, as the checkpoint that SFT on this data made."""
     mark: Mark
     if record is None:
-        named = sft.status == "declared"
+        named = all(sft.status == "declared" for sft in sfts)
         mark = "declared" if named else "unknown"
         reason = "a person named the SFT data of this policy" if named else "nothing says how it was trained"
         return Link(thing="SFT checkpoint", mark=mark, reason=reason)
+    trained_on = {record.data or sft.data for sft in record.sft} - {None}
+    data = [records.get(sft.data or "") for sft in sfts]
     if record.method == "opd":
         mark, reason = _recorded(record.status, "it is a student itself; the artifact it learnt from is not here")
-    elif None not in (sft.data, record.data) and record.data != sft.data:
+    elif trained_on and any(sft.data not in (None, *trained_on) for sft in sfts):
         mark, reason = "broken", "it was trained on other data"
-    elif data is None:
+    elif None in data:
         mark, reason = _recorded(record.status, "the data is not here to compare")
     else:
-        mark, reason = _verified([data.status, record.status], "this data is what it was trained on")
+        statuses = [one.status for one in data if one is not None]
+        mark, reason = _verified([*statuses, record.status], "this data is what it was trained on")
     return _checkpoint("SFT checkpoint", record, mark, reason)
 
 
@@ -163,14 +177,16 @@ def _artifact(teacher: ModelIdentity, sft: SftProvenance, fingerprint: str) -> L
 
 def _student(record: CheckpointRecord, artifact: Manifest | None) -> Link:
     mark: Mark
+    rollouts = [] if artifact is None else [one.rollouts for one in artifact.inputs if one.rollouts is not None]
+    differences = dict.fromkeys(name for one in rollouts for name in one.policy.differences(record.base))
     if artifact is None:
         mark, reason = _recorded(record.status, "the artifact is not here to compare")
-    elif artifact.inputs.rollouts is None:
-        mark, reason = _recorded(record.status, "there is no policy to compare its start with")
-    elif differences := artifact.inputs.rollouts.policy.differences(record.base):
+    elif differences:
         mark, reason = "broken", f"it did not start as the policy: {', '.join(differences)} differ"
+    elif len(rollouts) < len(artifact.inputs):
+        mark, reason = _recorded(record.status, "there is no policy to compare its start with")
     else:
-        mark, reason = _verified([artifact.inputs.rollouts.status, record.status], "it started as the policy")
+        mark, reason = _verified([*(one.status for one in rollouts), record.status], "it started as the policy")
     if record.overrides:
         reason += f"; trained with {', '.join(f'--{name}' for name in record.overrides)}"
     return _checkpoint("student", record, mark, reason)

@@ -1,7 +1,7 @@
 """The manifest: what is in an artifact, how to decode it, and where it came from.
 
     manifest = parse(Path("artifact/manifest.json").read_bytes())
-    manifest.inputs.teacher.name, manifest.counts.positions
+    manifest.inputs[0].teacher.name, manifest.counts.positions
 
 It is written last, so an artifact without one is not an artifact, and the digest of its bytes, the fingerprint, names
 the artifact. It holds nothing that merely happened: the same inputs give the same bytes.
@@ -10,7 +10,7 @@ the artifact. It holds nothing that merely happened: the same inputs give the sa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,9 +20,16 @@ from lopd_store import layout, strictjson
 from lopd_store.digest import XXH3_PATTERN, FileDigests, digest_json, is_digest
 from lopd_store.encoding import Encoding
 from lopd_store.errors import ArtifactError
-from lopd_store.identity import ModelIdentity
+from lopd_store.identity import TOKENIZER_FIELDS, ModelIdentity
 from lopd_store.license import UNKNOWN_LICENSE, License
-from lopd_store.provenance import RolloutsRecord, SftProvenance
+from lopd_store.provenance import (
+    DOMAINS_EXPECTED,
+    MAX_DOMAINS,
+    RolloutsRecord,
+    SftProvenance,
+    are_domains,
+    optional_name,
+)
 from lopd_store.statistic import SftAudit, Statistic
 
 FORMAT = "lopd"
@@ -35,7 +42,7 @@ _MEMBERS = {
     *("format", "version", SEAL, "counts", "encoding", "reference_logprobs", "text", "inputs", "parts", "annotations"),
 }
 INPUTS_MEMBERS = {
-    *("teacher", "license", "scoring", "sft", "sft_audit", "rollouts_file", "rollouts", "rollouts_audit"),
+    *("domain", "teacher", "license", "scoring", "sft", "sft_audit", "rollouts_file", "rollouts", "rollouts_audit"),
 }
 _FILE_MEMBERS = ("path", "size", "sha256", "xxh3_128")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
@@ -57,10 +64,17 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class PartEntry:
-    """One part: its counts, and path and digests of each of its files."""
+    """One part: its counts, the input that it is of, and path and digests of each of its files."""
 
     counts: Counts
+    input: int = 0  # index into `Manifest.inputs`
     files: dict[str, FileDigests]  # by kind: rollouts, tokens, topk
+
+
+def total(parts: Iterable[PartEntry]) -> Counts:
+    """How much there is in these parts together."""
+    counts = [part.counts for part in parts]
+    return Counts(**{item.name: sum(getattr(one, item.name) for one in counts) for item in fields(Counts)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +91,9 @@ class Scoring:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Where the artifact came from: what the gate compares."""
+    """Where the rollouts of one domain came from and who scored them: what the gate compares."""
 
+    domain: str | None = None  # None only where there is no other input
     teacher: ModelIdentity
     license: License = UNKNOWN_LICENSE  # of the teacher
     scoring: Scoring
@@ -91,6 +106,7 @@ class Inputs:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with one member per field."""
         return {
+            "domain": self.domain,
             "teacher": self.teacher.to_json(),
             "license": self.license.to_json(),
             "scoring": self.scoring.to_json(),
@@ -108,12 +124,25 @@ class Manifest:
 
     counts: Counts
     encoding: Encoding
-    inputs: Inputs
-    parts: tuple[PartEntry, ...]
+    inputs: tuple[Inputs, ...]  # one per domain; all teachers have one tokenizer
+    parts: tuple[PartEntry, ...]  # those of the first input, then those of the next
     reference_logprobs: bool  # whether every part has them
     text: bool = True  # whether the rollouts tables have prompts and responses as text
     version: str = VERSION
     annotations: Mapping[str, Any] = field(default_factory=dict)
+
+    def input_of(self, part: int) -> Inputs:
+        """The input that this part is of."""
+        return self.inputs[self.parts[part].input]
+
+    def parts_of(self, index: int) -> range:
+        """The numbers of the parts of this input."""
+        numbers = [number for number, part in enumerate(self.parts) if part.input == index]
+        return range(numbers[0], numbers[-1] + 1)
+
+    def counts_of(self, index: int) -> Counts:
+        """How much there is of this input."""
+        return total(self.parts[number] for number in self.parts_of(index))
 
 
 def render(manifest: Manifest) -> bytes:
@@ -126,7 +155,7 @@ def render(manifest: Manifest) -> bytes:
             "encoding": manifest.encoding.to_json(),
             "reference_logprobs": manifest.reference_logprobs,
             "text": manifest.text,
-            "inputs": manifest.inputs.to_json(),
+            "inputs": [one.to_json() for one in manifest.inputs],
             "parts": [_render_part(number, part) for number, part in enumerate(manifest.parts)],
             "annotations": dict(manifest.annotations),
         }
@@ -180,18 +209,21 @@ def _parse(value: dict[str, Any], where: str, newer: bool) -> Manifest:
         entries = tuple(_part(part, number, f"{where}: parts[{number}]", newer) for number, part in enumerate(parts))
     with _coded("A015"):
         counts = _counts(value["counts"], f"{where}: counts", newer)
-        for item in fields(Counts):
-            total = sum(getattr(entry.counts, item.name) for entry in entries)
-            if total != getattr(counts, item.name):
+        for name, wanted in total(entries).to_json().items():
+            if wanted != getattr(counts, name):
                 raise ArtifactError(
-                    f"`{where}: counts.{item.name}` is not the sum over the parts",
-                    expected=total,
-                    actual=getattr(counts, item.name),
+                    f"`{where}: counts.{name}` is not the sum over the parts",
+                    expected=wanted,
+                    actual=getattr(counts, name),
                 )
     with _coded("A017"):
         encoding = Encoding.from_json(value["encoding"], where=f"{where}: encoding", open_ended=newer)
     with _coded("A018"):
-        inputs = read_inputs(value["inputs"], f"{where}: inputs", newer)
+        listed = value["inputs"]
+        if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_DOMAINS:
+            raise ArtifactError(f"`{where}: inputs` is not a list of 1 to {MAX_DOMAINS} inputs")
+        inputs = tuple(read_inputs(one, f"{where}: inputs[{index}]", newer) for index, one in enumerate(listed))
+    _check_inputs(inputs, entries, where)
     return Manifest(
         counts=counts,
         encoding=encoding,
@@ -204,27 +236,54 @@ def _parse(value: dict[str, Any], where: str, newer: bool) -> Manifest:
     )
 
 
+def _check_inputs(inputs: Sequence[Inputs], parts: Sequence[PartEntry], where: str) -> None:
+    """A024: every domain has a name of its own; A025: ids mean one thing; A026: every input has its run of parts."""
+    if not are_domains(domains := [one.domain for one in inputs]):
+        raise ArtifactError(
+            f"`{where}: inputs` do not have a domain each",
+            code="A024",
+            expected=DOMAINS_EXPECTED,
+            actual=", ".join(map(repr, domains))[:300],
+        )
+    for index, one in enumerate(inputs):
+        if set(inputs[0].teacher.differences(one.teacher)) & set(TOKENIZER_FIELDS):
+            raise ArtifactError(
+                f"`{where}: inputs[{index}].teacher` has another tokenizer than that of the first input",
+                code="A025",
+                expected=f"{inputs[0].teacher.tokenizer}, vocabulary {inputs[0].teacher.vocab_size}",
+                actual=f"{one.teacher.tokenizer}, vocabulary {one.teacher.vocab_size}",
+            )
+    order = [part.input for part in parts]
+    if order != sorted(order) or set(order) != set(range(len(inputs))):
+        raise ArtifactError(
+            f"`{where}: parts` are not those of the first input, then those of the next, to the last",
+            code="A026",
+            expected=f"`input` from 0 to {len(inputs) - 1}, every one of them, in order",
+        )
+
+
 def read_inputs(value: Any, where: str, newer: bool = False) -> Inputs:
-    """Check and read an `inputs` object."""
+    """Check and read one of the `inputs`."""
     value = strictjson.members(value, INPUTS_MEMBERS, where=where, open_ended=newer)
     if not is_digest(value["rollouts_file"]):
         raise ArtifactError(f"`{where}.rollouts_file` is not a digest")
     rollouts, sft_audit, rollouts_audit = (value[name] for name in ("rollouts", "sft_audit", "rollouts_audit"))
     return Inputs(
-        teacher=ModelIdentity.from_json(value["teacher"], where="inputs.teacher", open_ended=newer),
-        license=License.from_json(value["license"], where="inputs.license", open_ended=newer),
+        domain=optional_name(value["domain"], f"{where}.domain"),
+        teacher=ModelIdentity.from_json(value["teacher"], where=f"{where}.teacher", open_ended=newer),
+        license=License.from_json(value["license"], where=f"{where}.license", open_ended=newer),
         scoring=_scoring(value["scoring"], f"{where}.scoring", newer),
-        sft=SftProvenance.from_json(value["sft"], where="inputs.sft", open_ended=newer),
+        sft=SftProvenance.from_json(value["sft"], where=f"{where}.sft", open_ended=newer),
         rollouts_file=value["rollouts_file"],
         rollouts=None
         if rollouts is None
-        else RolloutsRecord.from_json(rollouts, where="inputs.rollouts", open_ended=newer),
+        else RolloutsRecord.from_json(rollouts, where=f"{where}.rollouts", open_ended=newer),
         sft_audit=None
         if sft_audit is None
-        else SftAudit.from_json(sft_audit, where="inputs.sft_audit", open_ended=newer),
+        else SftAudit.from_json(sft_audit, where=f"{where}.sft_audit", open_ended=newer),
         rollouts_audit=None
         if rollouts_audit is None
-        else Statistic.from_json(rollouts_audit, where="inputs.rollouts_audit", open_ended=newer),
+        else Statistic.from_json(rollouts_audit, where=f"{where}.rollouts_audit", open_ended=newer),
     )
 
 
@@ -297,6 +356,7 @@ def _scoring(value: Any, where: str, open_ended: bool) -> Scoring:
 def _render_part(number: int, part: PartEntry) -> dict[str, Any]:
     return {
         "counts": part.counts.to_json(),
+        "input": part.input,
         "files": {
             kind: {
                 "path": layout.part_file(number, kind),
@@ -310,7 +370,7 @@ def _render_part(number: int, part: PartEntry) -> dict[str, Any]:
 
 
 def _part(value: Any, number: int, where: str, open_ended: bool) -> PartEntry:
-    value = strictjson.members(value, {"counts", "files"}, where=where, open_ended=open_ended)
+    value = strictjson.members(value, {"counts", "input", "files"}, where=where, open_ended=open_ended)
     entries = strictjson.members(value["files"], layout.FILE_KINDS, where=f"{where}.files", open_ended=open_ended)
     files = {}
     for kind in layout.FILE_KINDS:
@@ -333,4 +393,7 @@ def _part(value: Any, number: int, where: str, open_ended: bool) -> PartEntry:
         if not isinstance(entry["xxh3_128"], str) or not XXH3_PATTERN.fullmatch(entry["xxh3_128"]):
             raise ArtifactError(f"`{place}.xxh3_128` is not 32 hex digits", actual=repr(entry["xxh3_128"])[:100])
         files[kind] = FileDigests(size=entry["size"], sha256=entry["sha256"], xxh3_128=entry["xxh3_128"])
-    return PartEntry(counts=_counts(value["counts"], f"{where}.counts", open_ended), files=files)
+    if type(value["input"]) is not int or not 0 <= value["input"] < MAX_DOMAINS:
+        raise ArtifactError(f"`{where}.input` is not the index of an input", actual=repr(value["input"])[:100])
+    counts = _counts(value["counts"], f"{where}.counts", open_ended)
+    return PartEntry(counts=counts, input=value["input"], files=files)

@@ -24,7 +24,9 @@ from lopd_store.identity import ModelIdentity, identify
 from lopd_store.license import read_license
 from lopd_store.manifest import INPUTS_MEMBERS, Inputs, Scoring, read_inputs
 from lopd_store.provenance import (
+    DOMAINS_EXPECTED,
     SftProvenance,
+    are_domains,
     declared,
     parse_checkpoint_record,
     sft_of_checkpoint,
@@ -131,6 +133,7 @@ def make_plan(
     rollouts: Path,
     sft: Path | None,
     sft_data: Path | None = None,
+    domain: str | None = None,
     encoding: Encoding,
     scoring: Scoring,
     reference: str | None = None,
@@ -147,6 +150,8 @@ def make_plan(
     for name, number in (("threads", threads), ("batch_tokens", batch_tokens)):
         if number < 1:
             raise InputError(f"`{name}` is out of range", expected="1 or more", actual=number)
+    if domain is not None and not are_domains([domain]):
+        raise InputError(f"`{domain}` is not a name for a domain", expected=DOMAINS_EXPECTED)
     file = RolloutsFile(rollouts)
     if len(file) == 0:
         raise DataError(f"`{rollouts}` has no rollouts", hint="sample some with `lopd-store generate`")
@@ -154,7 +159,7 @@ def make_plan(
     _check_tokenizer(file, identity)
     if reference is not None:
         _check_reference(file, reference)
-    provenance = _sft_provenance(file, sft_data if sft is None else sft)
+    provenance = _sft_provenance(file, sft_data if sft is None else sft, domain)
     context_length = _context_length(*([teacher] if reference is None else [teacher, reference]))
     found = survey(file, _limits(identity, context_length, encoding), on_bad=on_bad_rollout)
     return Plan(
@@ -166,6 +171,7 @@ def make_plan(
         server=server,
         reference_server=reference_server,
         inputs=Inputs(
+            domain=domain or provenance.domain,
             teacher=identity,
             license=read_license(teacher),
             scoring=scoring,
@@ -268,7 +274,7 @@ def _draw_parts(
     return tuple(parts)
 
 
-def read_sft(path: Path, policy: ModelIdentity | None) -> SftProvenance:
+def read_sft(path: Path, policy: ModelIdentity | None, domain: str | None = None) -> SftProvenance:
     """What `build --sft RECORD` names: SFT data (Parquet), a checkpoint directory, or a checkpoint record.
 
     It is `declared` where only the user's word ties it to the policy that sampled the rollouts. Raises InputError
@@ -280,23 +286,23 @@ def read_sft(path: Path, policy: ModelIdentity | None) -> SftProvenance:
         raise InputError(f"no SFT provenance at `{path}`", hint="name SFT data, a checkpoint directory, or its record")
     if path.suffix == ".parquet":
         file = RolloutsFile(path)
-        return declared(sft_of_data(file.record, file.digest()))
+        return declared(sft_of_data(file.record, file.digest(), domain))
     record = parse_checkpoint_record(path.read_bytes(), where=str(path))
     if policy is None:
-        return declared(sft_of_checkpoint(record))
+        return declared(sft_of_checkpoint(record, domain))
     policy.require(
         record.model,
         f"`--sft {path}` is the record of another checkpoint than the policy that sampled the rollouts",
         hint="name the checkpoint that sampled the rollouts, or the SFT data that it was trained on",
     )
-    return sft_of_checkpoint(record)
+    return sft_of_checkpoint(record, domain)
 
 
-def _sft_provenance(file: RolloutsFile, sft: Path | None) -> SftProvenance:
-    carried = sft_of_policy(file.record)
+def _sft_provenance(file: RolloutsFile, sft: Path | None, domain: str | None) -> SftProvenance:
+    carried = sft_of_policy(file.record, domain)
     if sft is None:
         return carried
-    named = read_sft(sft, None if file.record is None else file.record.policy)
+    named = read_sft(sft, None if file.record is None else file.record.policy, domain)
     if carried.teacher and named.teacher and (differences := carried.teacher.differences(named.teacher)):
         raise InputError(
             f"`--sft {sft}` names another teacher than the rollouts themselves",

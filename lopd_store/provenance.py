@@ -10,18 +10,23 @@ declared, whatever our tools make of it.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lopd_store import strictjson
 from lopd_store.digest import is_digest
-from lopd_store.errors import ArtifactError
+from lopd_store.errors import ArtifactError, InputError
 from lopd_store.identity import ModelIdentity
 from lopd_store.models import PROVENANCE_FILE
 
 Status = Literal["recorded", "declared", "unknown"]
 Method = Literal["sft", "opd"]
+MAX_DOMAINS = 64
+DOMAINS_EXPECTED = "different names of a-z, 0-9, `.`, `_` and `-`, of at most 64 characters"
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +106,8 @@ class CheckpointRecord:
     method: Method
     model: ModelIdentity  # the checkpoint itself
     base: ModelIdentity  # what the training started from
-    data: str | None  # digest of the SFT data file, or fingerprint of the artifact; None only where it is declared
-    sft: SftProvenance
+    data: str | None  # digest of the SFT data, or fingerprint of the artifact; None where `sft` has several, or unknown
+    sft: tuple[SftProvenance, ...]  # one per domain of the SFT data
     overrides: tuple[str, ...] = ()  # gates that were overridden, by the names of their flags
 
     def to_json(self) -> dict[str, Any]:
@@ -114,7 +119,7 @@ class CheckpointRecord:
             "model": self.model.to_json(),
             "base": self.base.to_json(),
             "data": self.data,
-            "sft": self.sft.to_json(),
+            "sft": [one.to_json() for one in self.sft],
             "overrides": list(self.overrides),
         }
 
@@ -132,21 +137,31 @@ class CheckpointRecord:
         overrides = value["overrides"]
         if not isinstance(overrides, list) or not all(isinstance(name, str) for name in overrides):
             raise ArtifactError(f"`{where}.overrides` is not a list of names")
+        listed = value["sft"]
+        if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_DOMAINS:
+            raise ArtifactError(f"`{where}.sft` is not a list of 1 to {MAX_DOMAINS} provenances")
+        sft = tuple(
+            SftProvenance.from_json(one, where=f"{where}.sft[{index}]", open_ended=open_ended)
+            for index, one in enumerate(listed)
+        )
+        if not are_domains([one.domain for one in sft]):
+            raise ArtifactError(f"`{where}.sft` do not have a domain each", expected=DOMAINS_EXPECTED)
         return cls(
             status=_status(value["status"], where),
             method=value["method"],
             model=ModelIdentity.from_json(value["model"], where=f"{where}.model", open_ended=open_ended),
             base=ModelIdentity.from_json(value["base"], where=f"{where}.base", open_ended=open_ended),
             data=_optional_digest(value["data"], f"{where}.data"),
-            sft=SftProvenance.from_json(value["sft"], where=f"{where}.sft", open_ended=open_ended),
+            sft=sft,
             overrides=tuple(overrides),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftProvenance:
-    """Which teacher wrote the SFT data of a policy; what the gate compares with the scoring teacher."""
+    """Which teacher wrote the SFT data of a policy, or of one domain; what the gate compares with the scoring one."""
 
+    domain: str | None = None
     status: Status
     teacher: ModelIdentity | None
     data: str | None  # digest of the SFT data file
@@ -154,18 +169,19 @@ class SftProvenance:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with one member per field."""
         teacher = None if self.teacher is None else self.teacher.to_json()
-        return {"status": self.status, "teacher": teacher, "data": self.data}
+        return {"domain": self.domain, "status": self.status, "teacher": teacher, "data": self.data}
 
     @classmethod
     def from_json(cls, value: Any, *, where: str, open_ended: bool = False) -> SftProvenance:
         """Parse what `to_json` gave; a status of `unknown` goes with no teacher, and only with none."""
-        value = strictjson.members(value, {"status", "teacher", "data"}, where=where, open_ended=open_ended)
+        value = strictjson.members(value, {"domain", "status", "teacher", "data"}, where=where, open_ended=open_ended)
         status, teacher = _status(value["status"], where), value["teacher"]
         if (status == "unknown") != (teacher is None):
             raise ArtifactError(
                 f"`{where}` has status `{status}`, but its teacher is {'null' if teacher is None else 'named'}"
             )
         return cls(
+            domain=optional_name(value["domain"], f"{where}.domain"),
             status=status,
             teacher=None
             if teacher is None
@@ -177,28 +193,43 @@ class SftProvenance:
 UNKNOWN_SFT = SftProvenance(status="unknown", teacher=None, data=None)
 
 
-def sft_of_policy(record: RolloutsRecord | None) -> SftProvenance:
+def sft_of_policy(record: RolloutsRecord | None, domain: str | None = None) -> SftProvenance:
     """The SFT provenance that a rollouts record carries in its policy's checkpoint record, or unknown."""
     if record is None or record.status == "unknown" or record.policy_checkpoint is None:
         return UNKNOWN_SFT
     if record.policy_checkpoint.model.differences(record.policy):
         return UNKNOWN_SFT  # the record lay beside other weights than it speaks of
-    sft = sft_of_checkpoint(record.policy_checkpoint)
+    sft = sft_of_checkpoint(record.policy_checkpoint, domain)
     return declared(sft) if record.status == "declared" else sft
 
 
-def sft_of_checkpoint(record: CheckpointRecord) -> SftProvenance:
-    """The SFT provenance that a checkpoint record carries: no better known than the record itself."""
+def sft_of_checkpoint(record: CheckpointRecord, domain: str | None = None) -> SftProvenance:
+    """The SFT provenance that a checkpoint record carries for a domain: no better known than the record itself.
+
+    Raises InputError where the record has domains and this is none of them; of a single one none need be named.
+    """
     if record.status == "unknown":
         return UNKNOWN_SFT
-    return declared(record.sft) if record.status == "declared" else record.sft
+    by_domain = {one.domain: one for one in record.sft}
+    if len(by_domain) == 1 and (domain is None or None in by_domain):
+        domain = record.sft[0].domain
+    if domain not in by_domain:
+        raise InputError(
+            f"`{record.model.name}` was fine-tuned on SFT data of several domains, and none is named"
+            if domain is None
+            else f"`{record.model.name}` was fine-tuned on no SFT data of the domain `{domain}`",
+            expected=", ".join(str(name) for name in by_domain),
+            actual=domain,
+            hint="name the domain of the rollouts, `--domain NAME`",
+        )
+    return declared(by_domain[domain]) if record.status == "declared" else by_domain[domain]
 
 
-def sft_of_data(record: RolloutsRecord | None, digest: str) -> SftProvenance:
+def sft_of_data(record: RolloutsRecord | None, digest: str, domain: str | None = None) -> SftProvenance:
     """The SFT provenance of a model trained on a data file with this record and digest."""
     if record is None or record.status == "unknown":
-        return UNKNOWN_SFT
-    return SftProvenance(status=record.status, teacher=record.policy, data=digest)
+        return SftProvenance(domain=domain, status="unknown", teacher=None, data=digest)
+    return SftProvenance(domain=domain, status=record.status, teacher=record.policy, data=digest)
 
 
 def declared(sft: SftProvenance) -> SftProvenance:
@@ -217,6 +248,24 @@ def parse_checkpoint_record(data: bytes, *, where: str) -> CheckpointRecord:
     return CheckpointRecord.from_json(strictjson.loads(data, where=where), where=where)
 
 
+def are_domains(domains: Sequence[str | None]) -> bool:
+    """Whether each has a name of its own that a domain can have; one that stands alone needs none."""
+    if list(domains) == [None]:
+        return True
+    fit = all(name is not None and _DOMAIN.fullmatch(name) for name in domains)
+    return fit and 1 <= len(set(domains)) == len(domains) <= MAX_DOMAINS
+
+
+def by_domain(named: str | Path | Mapping[str, str | Path], what: str) -> dict[str | None, str | Path]:
+    """Files or models by their domains; one alone has none. Raises InputError where a domain cannot have its name."""
+    found: dict[str | None, str | Path] = dict(named.items() if isinstance(named, Mapping) else [(None, named)])
+    if not are_domains(domains := list(found)):
+        raise InputError(
+            f"`{what}` does not name domains", expected=DOMAINS_EXPECTED, actual=", ".join(map(str, domains))
+        )
+    return found
+
+
 def _status(value: Any, where: str) -> Status:
     if value not in ("recorded", "declared", "unknown"):
         raise ArtifactError(
@@ -224,6 +273,13 @@ def _status(value: Any, where: str) -> Status:
         )
     status: Status = value
     return status
+
+
+def optional_name(value: Any, where: str) -> str | None:
+    """A string or null, as JSON has it."""
+    if value is not None and not isinstance(value, str):
+        raise ArtifactError(f"`{where}` is neither a name nor null", actual=repr(value)[:100])
+    return value
 
 
 def _optional_digest(value: Any, where: str) -> str | None:

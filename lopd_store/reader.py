@@ -73,6 +73,12 @@ class Artifact:
         starts = [*self._first_rollouts, len(self)]
         return range(starts[self.view.parts.start], starts[self.view.parts.stop])
 
+    def rollouts_of(self, index: int) -> range:
+        """The numbers of those of `rollouts` that are of this input of the manifest."""
+        parts, here = self.manifest.parts_of(index), self.view.parts
+        starts, first = [*self._first_rollouts, len(self)], max(parts.start, here.start)
+        return range(starts[first], starts[max(first, min(parts.stop, here.stop))])
+
     def part(self, number: int) -> Part:
         """Decode one part; raises ArtifactError where its bytes are not those of the manifest."""
         if number not in self.view.parts:

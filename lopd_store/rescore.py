@@ -7,7 +7,7 @@ differ is not guessed: the rollouts are scored twice, in other batch shapes, and
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from lopd_store.digest import digest_file
 from lopd_store.errors import InputError
 from lopd_store.grid import Grid
 from lopd_store.identity import identify
-from lopd_store.manifest import Manifest
+from lopd_store.manifest import Inputs, Manifest, Scoring
 from lopd_store.noise import MOST_NOISE, score_twice
 from lopd_store.reader import Artifact, StoredRollout
 from lopd_store.rollouts import Rollout
 from lopd_store.statistic import SftAudit
-from lopd_store.teachers import RolloutScores, load
+from lopd_store.teachers import RolloutScores, Teacher, load
 
 _ENGINE = "transformers"  # whatever scored before: it runs everywhere
 _BATCH_TOKENS = 4096
@@ -58,32 +58,53 @@ def rescore(
     device: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Rescored:
-    """Score `count` random rollouts again; without a seed nobody can know beforehand which.
+    """Score `count` random rollouts of this teacher again; without a seed nobody can know beforehand which.
 
     A090: every stored log-prob is the teacher's within the rounding and the noise. `on_progress` hears (rollouts
-    scored, in all). Raises InputError where the model is not the teacher of the artifact.
+    scored, in all). Raises InputError where the model is not a teacher of the artifact.
     """
-    inputs, encoding = artifact.manifest.inputs, artifact.manifest.encoding
-    inputs.teacher.require(identify(teacher), f"`{teacher}` is not the teacher of this artifact")
-    here = artifact.rollouts
+    inputs = artifact.manifest.inputs
+    scorings = {row: inputs[of].scoring for of in _taught_by(inputs, teacher) for row in artifact.rollouts_of(of)}
     if not count >= 1:
         raise InputError("`rescore` is out of range", expected="1 or more", actual=count)
-    chosen = sorted(random.Random(seed).sample(here, min(count, len(here))))
-    stored = [artifact.rollout(index) for index in chosen]
-    rollouts = [_rollout(one) for one in stored]
-    engine = load(
-        _ENGINE,
-        str(teacher),
-        vocab_size=inputs.teacher.vocab_size,
-        dtype=inputs.scoring.dtype,
-        device=models.pick_device(device),
-        batch_tokens=_BATCH_TOKENS,
+    if not scorings:
+        raise InputError(f"`{artifact.place}` is a copy without rollouts that `{teacher}` has scored")
+    chosen = sorted(random.Random(seed).sample(list(scorings), min(count, len(scorings))))
+    found: list[Rescored] = []
+    for scoring in dict.fromkeys(scorings[row] for row in chosen):
+
+        def report(done: int, _: int) -> None:
+            if on_progress is not None:
+                on_progress(done + 2 * sum(len(one.rollouts) for one in found), 2 * len(chosen))
+
+        engine = load(
+            _ENGINE,
+            str(teacher),
+            vocab_size=inputs[0].teacher.vocab_size,
+            dtype=scoring.dtype,
+            device=models.pick_device(device),
+            batch_tokens=_BATCH_TOKENS,
+        )
+        rows = [row for row in chosen if scorings[row] == scoring]
+        found.append(_rescore(artifact, rows, engine, scoring, report))
+    return Rescored(
+        rollouts=tuple(chosen),
+        noise=max(one.noise for one in found),
+        difference=max(one.difference for one in found),
+        findings=tuple(finding for one in found for finding in one.findings),
     )
 
-    scored, noise = score_twice(engine, rollouts, encoding.k_max, on_rollouts=on_progress)
+
+def _rescore(
+    artifact: Artifact, chosen: Sequence[int], engine: Teacher, scoring: Scoring, report: Callable[[int, int], None]
+) -> Rescored:
+    """Compare these rollouts, which were scored in one way, with what the engine says."""
+    encoding = artifact.manifest.encoding
+    stored = [artifact.rollout(index) for index in chosen]
+    scored, noise = score_twice(engine, [_rollout(one) for one in stored], encoding.k_max, on_rollouts=report)
     tolerance = max(_NOISE_FACTOR * noise.largest, _LEAST_NOISE)
-    if inputs.scoring.engine != _ENGINE:  # whose arithmetic differs by more than the shape of a batch
-        tolerance = max(tolerance, MOST_NOISE.get(inputs.scoring.dtype, 1.0))
+    if scoring.engine != _ENGINE:  # whose arithmetic differs by more than the shape of a batch
+        tolerance = max(tolerance, MOST_NOISE.get(scoring.dtype, 1.0))
     findings, largest = [], 0.0
     for index, one, scores in zip(chosen, stored, scored, strict=True):
         excess = np.maximum(
@@ -116,18 +137,21 @@ def audit_again(
     """Audit the SFT data under the teacher again.
 
     A091: it is what the manifest has, within what another engine can make of it. Raises InputError where model or file
-    are not those of the artifact, or it has no such audit.
+    are not those of one input of the artifact, or it has no such audit.
     """
-    inputs = manifest.inputs
-    inputs.teacher.require(identify(teacher), f"`{teacher}` is not the teacher of this artifact")
-    if (stored := inputs.sft_audit) is None:
+    audits = {index: manifest.inputs[index].sft_audit for index in _taught_by(manifest.inputs, teacher)}
+    known = {audit.data: (index, audit) for index, audit in audits.items() if audit is not None}
+    if not known:
         raise InputError("this artifact has no audit of SFT data", hint="it is made by `lopd-store build --sft-data`")
-    if (digest := digest_file(Path(sft_data)).sha256) != stored.data:
-        raise InputError(f"`{sft_data}` is not the SFT data that was audited", expected=stored.data, actual=digest)
+    if (digest := digest_file(Path(sft_data)).sha256) not in known:
+        raise InputError(
+            f"`{sft_data}` is not the SFT data that was audited", expected=" or ".join(known), actual=digest
+        )
+    index, stored = known[digest]
     found = audit_sft(
         teacher=teacher,
         data=sft_data,
-        dtype=inputs.scoring.dtype,
+        dtype=manifest.inputs[index].scoring.dtype,
         device=models.pick_device(device),
         batch_tokens=_BATCH_TOKENS,
         on_progress=on_progress,
@@ -135,9 +159,24 @@ def audit_again(
     same = (found.temperature, found.top_p) == (stored.temperature, stored.top_p)
     if same and found.found.is_near(stored.found):
         return found, ()
-    place = f"{layout.MANIFEST}: inputs.sft_audit"
+    place = f"{layout.MANIFEST}: inputs[{index}].sft_audit"
     shown = [str({**one.to_json(), "data": "…"}) for one in (found, stored)]
     return found, (finding("A091", place, "the teacher finds something else in the SFT data", *shown),)
+
+
+def _taught_by(inputs: Sequence[Inputs], teacher: str | Path) -> list[int]:
+    """Which of the inputs this model is the teacher of; raises InputError where it is of none."""
+    identity = identify(teacher)
+    if len(inputs) == 1:
+        inputs[0].teacher.require(identity, f"`{teacher}` is not the teacher of this artifact")
+    found = [index for index, one in enumerate(inputs) if not one.teacher.differences(identity)]
+    if not found:
+        raise InputError(
+            f"`{teacher}` is none of the teachers of this artifact",
+            expected=", ".join(f"{one.domain}: {one.teacher.name}, weights {one.teacher.weights}" for one in inputs),
+            actual=f"{identity.name}, weights {identity.weights}",
+        )
+    return found
 
 
 def _rollout(stored: StoredRollout) -> Rollout:

@@ -183,7 +183,8 @@ def verify(
             raise
     findings = [*_check_directory(directory, view), *findings]
     if not findings and not quick and view.has_topk and len(view.parts) == len(manifest.parts):
-        findings += _check_audit(manifest, audits)
+        for index in range(len(manifest.inputs)):
+            findings += _check_audit(manifest, index, audits)
     if student is not None:
         findings += _check_gate(manifest, student)
     if signer is not None:
@@ -319,7 +320,8 @@ def _check_contents(
 ) -> Iterator[Finding]:
     """A030 to A040 containers, then the values and the rollouts table; puts what the rollouts show into `audits`."""
     encoding, counts = manifest.encoding, manifest.parts[number].counts
-    vocab_size, lengths = manifest.inputs.teacher.vocab_size, array_lengths(counts)
+    inputs, lengths = manifest.input_of(number), array_lengths(counts)
+    vocab_size = inputs.teacher.vocab_size
     groups: dict[str, Arrays] = {}
     for kind, specs in ((layout.TOKENS, tokens_arrays(encoding)), (layout.TOPK, topk_arrays(encoding))):
         if kind not in contents:
@@ -342,7 +344,7 @@ def _check_contents(
         topk_where = layout.part_file(number, layout.TOPK)
         broken = list(check_topk(tokens, groups[layout.TOPK], counts, encoding, vocab_size, topk_where))
         yield from broken
-        if not broken and (temperature := audited_at(encoding, manifest.inputs.rollouts)) is not None:
+        if not broken and (temperature := audited_at(encoding, inputs.rollouts)) is not None:
             audits[number] = audit_rollouts(tokens, groups[layout.TOPK], encoding, temperature)
     if layout.ROLLOUTS in contents:
         yield from _check_table(
@@ -370,10 +372,11 @@ def _check_table(data: bytes | memoryview, tokens: Arrays, text: bool, where: st
         yield finding("A072", where, "the text is not as the manifest states", claim)
 
 
-def _check_audit(manifest: Manifest, audits: dict[int, Statistic]) -> Iterator[Finding]:
-    """A069: the audit of the rollouts is what the stored distributions of the reference policy give."""
-    stored = manifest.inputs.rollouts_audit
-    derived = add_up(list(audits.values())) if audits else None
+def _check_audit(manifest: Manifest, index: int, audits: dict[int, Statistic]) -> Iterator[Finding]:
+    """A069: the audit of an input's rollouts is what the stored distributions of the reference policy give."""
+    stored = manifest.inputs[index].rollouts_audit
+    found = [audits[number] for number in manifest.parts_of(index) if number in audits]
+    derived = add_up(found) if found else None
     if stored is None or derived is None:
         fits = stored is derived
     else:
@@ -382,7 +385,8 @@ def _check_audit(manifest: Manifest, audits: dict[int, Statistic]) -> Iterator[F
         )
     if not fits:
         shown = ["none" if one is None else one.sums() for one in (derived, stored)]
-        yield finding("A069", layout.MANIFEST, "`inputs.rollouts_audit` is not what the stored values give", *shown)
+        where = f"`inputs[{index}].rollouts_audit`"
+        yield finding("A069", layout.MANIFEST, f"{where} is not what the stored values give", *shown)
 
 
 def _check_gate(manifest: Manifest, student: ModelIdentity) -> Iterator[Finding]:

@@ -29,7 +29,7 @@ def render_model_card(record: CheckpointRecord, config: TrainConfig, artifact: M
     return _template().render(
         record=record,
         base_model=_base_model(record, artifact),
-        inputs=None if artifact is None else artifact.inputs,
+        inputs=() if artifact is None else artifact.inputs,
         verdict=verdict,
         links=lineage.of_checkpoint(record, record.model, artifact=artifact),
         objective=config.objective if record.method == "opd" else "cross-entropy",
@@ -39,9 +39,9 @@ def render_model_card(record: CheckpointRecord, config: TrainConfig, artifact: M
 
 def _base_model(record: CheckpointRecord, artifact: Manifest | None) -> str | None:
     """The nearest ancestor with a name on the Hub; a local directory would link to a stranger's model there."""
-    rollouts = None if artifact is None else artifact.inputs.rollouts
-    policy = None if rollouts is None else rollouts.policy_checkpoint
-    bases = [record.base, *([] if policy is None else [policy.base])]
+    rollouts = [] if artifact is None else [one.rollouts for one in artifact.inputs]
+    policies = [one.policy_checkpoint for one in rollouts if one is not None]
+    bases = [record.base, *(policy.base for policy in policies if policy is not None)]
     return next((one.name for one in bases if one.revision and _HUB_ID.fullmatch(one.name)), None)
 
 

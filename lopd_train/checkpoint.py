@@ -73,9 +73,9 @@ class Run:
     config: TrainConfig  # resolved
     model: str  # where the base lies
     base: ModelIdentity
-    data: str  # where the SFT data or the artifact lies
-    data_digest: str  # of the file, or the artifact's fingerprint
-    sft: SftProvenance  # of the model that will come out
+    data: str | list[str]  # where the artifact or the SFT data lies, in the order of `sft`
+    data_digest: str | None  # of the one file, or the artifact's fingerprint
+    sft: tuple[SftProvenance, ...]  # of the model that will come out
     verdict: State | None = None  # of the gate
     overrides: tuple[str, ...] = ()
     artifact: Manifest | None = None  # of an opd run, for the model card
@@ -88,7 +88,7 @@ class Run:
             "inputs": {
                 "model": {"path": self.model, "identity": self.base.to_json()},
                 "data": {"path": self.data, "digest": self.data_digest},
-                "sft": self.sft.to_json(),
+                "sft": [one.to_json() for one in self.sft],
             },
             "verdict": self.verdict,
             "overrides": list(self.overrides),

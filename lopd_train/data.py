@@ -60,12 +60,14 @@ def artifact_source(artifact: Artifact) -> Source:
     return Source(where=artifact.place, sizes={number: sizes[number] for number in artifact.view.parts}, read=read)
 
 
-def rollouts_source(file: RolloutsFile) -> Source:
-    """The rows of an SFT data file, in parts of as many as its groups have."""
-    starts = range(0, len(file), ROWS_PER_GROUP)
+def rollouts_source(*files: RolloutsFile) -> Source:
+    """The rows of files of SFT data, one file after the other, in parts of as many as their groups have."""
+    parts = [(file, start) for file in files for start in range(0, len(file), ROWS_PER_GROUP)]
+    sizes = {number: min(ROWS_PER_GROUP, len(file) - start) for number, (file, start) in enumerate(parts)}
+    firsts = [0, *itertools.accumulate(sizes.values())]
 
     def read(number: int) -> list[Record]:
-        start = starts[number]
+        file, start = parts[number]
         return [
             Record(
                 row=row,
@@ -73,11 +75,10 @@ def rollouts_source(file: RolloutsFile) -> Source:
                 prompt_length=len(rollout.prompt_ids),
                 loss_mask=rollout.loss_mask,
             )
-            for row, rollout in enumerate(file.read(start, start + ROWS_PER_GROUP), start)
+            for row, rollout in enumerate(file.read(start, start + ROWS_PER_GROUP), firsts[number])
         ]
 
-    sizes = {number: min(ROWS_PER_GROUP, len(file) - start) for number, start in enumerate(starts)}
-    return Source(where=str(file.path), sizes=sizes, read=read)
+    return Source(where=", ".join(str(file.path) for file in files), sizes=sizes, read=read)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ it the gate must find that the teacher is the one behind the student's SFT data.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def train_opd(
         base=base,
         data=str(artifact),
         data_digest=opened.fingerprint,
-        sft=inputs.sft,
+        sft=tuple(replace(one.sft, domain=one.domain) for one in inputs),
         verdict=verdict.state,
         overrides=overridden,
         artifact=opened.manifest,

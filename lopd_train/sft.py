@@ -5,12 +5,12 @@ The checkpoint says which teacher wrote its data, so that an artifact made from 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from lopd_store.errors import DataError
-from lopd_store.gate import TOKENIZER_FIELDS
-from lopd_store.identity import ModelIdentity, identify
-from lopd_store.provenance import RolloutsRecord, sft_of_data
+from lopd_store.identity import TOKENIZER_FIELDS, ModelIdentity, identify
+from lopd_store.provenance import RolloutsRecord, by_domain, sft_of_data
 from lopd_store.rollouts import RolloutsFile
 from lopd_train import losses, measures
 from lopd_train.batches import Batch
@@ -26,28 +26,33 @@ from lopd_train.trainer import Objective, RunResult, fit
 def train_sft(
     *,
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Mapping[str, str | Path],
     output: str | Path,
     config: TrainConfig = SFT,
     on_progress: OnProgress | None = None,
     on_metrics: OnMetrics | None = None,
 ) -> RunResult:
-    """Train a model on SFT data with cross-entropy; goes on where an interrupted run with this output stopped."""
+    """Train a model on SFT data with cross-entropy; goes on where an interrupted run with this output stopped.
+
+    `data` is a file, or one per domain, each of which may have another teacher.
+    """
     output = Path(output)
     check_output(output)
-    file = RolloutsFile(data)
+    files = {domain: RolloutsFile(path) for domain, path in by_domain(data, "data").items()}
     base = identify(model)
-    _check_tokenizer(file.record, base)
-    feed = Feed(rollouts_source(file), limits(model, base), config=config)
-    digest = file.digest()
+    for file in files.values():
+        _check_tokenizer(file.record, base)
+    feed = Feed(rollouts_source(*files.values()), limits(model, base), config=config)
+    sft = tuple(sft_of_data(file.record, file.digest(), domain) for domain, file in files.items())
+    paths = [str(file.path) for file in files.values()]
     run = Run(
         method="sft",
         config=config.resolve(feed.rollouts),
         model=str(model),
         base=base,
-        data=str(data),
-        data_digest=digest,
-        sft=sft_of_data(file.record, digest),
+        data=paths if len(paths) > 1 else paths[0],
+        data_digest=sft[0].data if len(sft) == 1 else None,
+        sft=sft,
     )
     return fit(run, objective=CROSS_ENTROPY, feed=feed, output=output, on_progress=on_progress, on_metrics=on_metrics)
 

@@ -19,7 +19,7 @@ DATA = digest_contents(b"data").sha256
 SFT = SftProvenance(status="recorded", teacher=TEACHER, data=DATA)
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=20, samples_per_prompt=4, seed=0)
 CHECKPOINT = CheckpointRecord(
-    status="recorded", method="sft", model=STUDENT, base=identity_named("base"), data=DATA, sft=SFT
+    status="recorded", method="sft", model=STUDENT, base=identity_named("base"), data=DATA, sft=(SFT,)
 )
 ROLLOUTS = RolloutsRecord(
     status="recorded", policy=STUDENT, policy_checkpoint=CHECKPOINT, prompts=DATA, sampling=SAMPLING
@@ -55,4 +55,7 @@ def make_manifest(*, parts: int = 2, **changes: Any) -> Manifest:
         "parts": entries,
         "reference_logprobs": True,
     }
-    return Manifest(**values | changes)
+    values |= changes
+    if isinstance(values["inputs"], Inputs):
+        values["inputs"] = (values["inputs"],)
+    return Manifest(**values)

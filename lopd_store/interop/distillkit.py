@@ -44,7 +44,7 @@ def target(artifact: Artifact, k: int | None) -> Target:
     """The columns, and the configuration that decodes them."""
     require_topk(artifact)
     k = fixed_k(artifact, k)
-    vocab_size = artifact.manifest.inputs.teacher.vocab_size
+    vocab_size = artifact.manifest.inputs[0].teacher.vocab_size
     config = {
         "d": vocab_size,
         "k": k,

@@ -49,7 +49,7 @@ def require_topk(artifact: Artifact) -> None:
 
 def fixed_k(artifact: Artifact, k: int | None) -> int:
     """The number of entries of every row: as many as any position can have, or fewer where that is asked for."""
-    most = min(artifact.manifest.encoding.most_entries, artifact.manifest.inputs.teacher.vocab_size)
+    most = min(artifact.manifest.encoding.most_entries, artifact.manifest.inputs[0].teacher.vocab_size)
     if k is not None and not 1 <= k <= most:
         raise InputError("`k` is out of range", expected=f"1 to {most}, which is what positions have", actual=k)
     return k or most

@@ -24,7 +24,7 @@ from lopd_store.identity import ModelIdentity
 from lopd_store.license import UNKNOWN_LICENSE, License
 from lopd_store.manifest import Counts, Inputs, Manifest, PartEntry, Scoring, audited_at, parse, render, sealed
 from lopd_store.part import Part, rollouts_file, round_part, tokens_arrays, tokens_file, topk_arrays, topk_file
-from lopd_store.provenance import UNKNOWN_SFT, RolloutsRecord, Sampling, SftProvenance
+from lopd_store.provenance import UNKNOWN_SFT, CheckpointRecord, RolloutsRecord, Sampling, SftProvenance
 from lopd_store.statistic import SftAudit, Statistic, add_up, of_stored
 from lopd_store.topk import Candidates, select
 from lopd_store.view import View
@@ -66,9 +66,10 @@ def identity(name: str, **changes: Any) -> ModelIdentity:
     return ModelIdentity(**values | changes)
 
 
-def taught_by(name: str, **changes: Any) -> SftProvenance:
+def taught_by(name: str, *, domain: str | None = None, **changes: Any) -> SftProvenance:
     """SFT data by this teacher."""
-    return SftProvenance(status="recorded", teacher=identity(name, **changes), data=digest_bytes(b"sft data"))
+    data = digest_bytes(b"sft data")
+    return SftProvenance(domain=domain, status="recorded", teacher=identity(name, **changes), data=data)
 
 
 def sampled_by(name: str, **changes: Any) -> RolloutsRecord:
@@ -165,16 +166,23 @@ def whole(
     text: bool = True,
     table: dict[str, Any] | None = None,
     vocab_size: int = VOCABULARY,
+    domain: str | None = None,
     license: License = UNKNOWN_LICENSE,
     sft: SftProvenance = UNKNOWN_SFT,
     sft_audit: SftAudit | None = None,
     rollouts: RolloutsRecord | None = None,
     annotations: dict[str, Any] | None = None,
+    more: Sequence[tuple[int, dict[str, Any]]] = (),
 ) -> Tree:
-    """An artifact of these parts, or of one that `make_part` gives."""
+    """An artifact of these parts, or of one that `make_part` gives.
+
+    `more` are further inputs: how many of the parts are of each, the last ones, and in what it differs.
+    """
     parts = [make_part(encoding=encoding)] if parts is None else parts
     tree: Tree = {}
     entries = []
+    owners = [index for index, (count, _) in enumerate(more, start=1) for _ in range(count)]
+    owners = [0] * (len(parts) - len(owners)) + owners
     for number, part in enumerate(parts):
         contents = {
             layout.ROLLOUTS: rollouts_file(table or make_table(part, text=text)),
@@ -183,9 +191,10 @@ def whole(
         }
         tree |= {layout.part_file(number, kind): data for kind, data in contents.items()}
         files = {kind: digest_contents(data) for kind, data in contents.items()}
-        entries.append(PartEntry(counts=part.counts, files=files))
+        entries.append(PartEntry(counts=part.counts, input=owners[number], files=files))
     totals = {name: sum(getattr(entry.counts, name) for entry in entries) for name in Counts.__annotations__}
     inputs = Inputs(
+        domain=domain,
         teacher=identity("teacher", vocab_size=vocab_size, output_width=vocab_size + 8),
         license=license,
         scoring=Scoring(engine="transformers", dtype="float32"),
@@ -193,18 +202,43 @@ def whole(
         rollouts_file=digest_bytes(b"rollouts"),
         rollouts=rollouts,
         sft_audit=sft_audit,
-        rollouts_audit=rollouts_audit(parts, encoding, rollouts),
     )
+    listed = [inputs, *(replace(inputs, **changes) for _, changes in more)]
+    of_inputs = [[part for part, owner in zip(parts, owners, strict=True) if owner == n] for n in range(len(listed))]
+    audited = [rollouts_audit(of, encoding, one.rollouts) for of, one in zip(of_inputs, listed, strict=True)]
     manifest = Manifest(
         counts=Counts(**totals),
         encoding=encoding,
-        inputs=inputs,
+        inputs=tuple(replace(one, rollouts_audit=audit) for one, audit in zip(listed, audited, strict=True)),
         parts=tuple(entries),
         reference_logprobs=parts[0].reference_logprobs is not None,
         text=text,
         annotations=annotations or {},
     )
     return tree | {layout.MANIFEST: render(manifest)}
+
+
+def several() -> Tree:
+    """One part of mathematics and two of code, each domain with the teacher of its SFT data, one policy for both."""
+    encoding = replace(COMPACT, rule="teacher+reference")
+    width = {"output_width": VOCABULARY + 8}
+    math, code = taught_by("teacher", domain="math", **width), taught_by("coder", domain="code", **width)
+    code = replace(code, data=digest_bytes(b"sft data of code"))
+    policy = CheckpointRecord(
+        status="recorded", method="sft", model=identity("student"), base=identity("base"), data=None, sft=(math, code)
+    )
+    of_math = replace(sampled_by("student"), policy_checkpoint=policy)
+    of_code = replace(of_math, prompts=digest_bytes(b"prompts of code"))
+    other = {
+        "domain": "code",
+        "teacher": code.teacher,
+        "license": License(id="mit", name=None, link=None, gated=None),
+        "sft": code,
+        "rollouts_file": digest_bytes(b"rollouts of code"),
+        "rollouts": of_code,
+    }
+    parts = [make_part(encoding=encoding, seed=seed) for seed in range(3)]
+    return whole(parts, encoding, domain="math", sft=math, rollouts=of_math, more=[(2, other)])
 
 
 def viewed(tree: Tree, kinds: Sequence[str], parts: range | None = None) -> Tree:

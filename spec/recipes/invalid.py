@@ -143,9 +143,15 @@ def documents() -> Made:
     for code, edits in hostile_json.EDITS.items():
         for slug, (path, value) in edits.items():
             yield one(code, slug, edited(consistent if code == "A018" else tree, path, value))
-    for path in ("version", "text", "inputs.scoring.engine", "encoding.grids", "parts.0.files.topk.xxh3_128"):
+    for path in ("version", "text", "inputs.0.scoring.engine", "encoding.grids", "parts.0.files.topk.xxh3_128"):
         code = next(code for prefix, code in hostile_json.CODE_OF.items() if path.startswith(prefix))
         yield one(code, f"lacks_{path.rpartition('.')[2]}", edited(tree, path, REMOVED))
+    domains = viewed(artifact.several(), [layout.TOKENS])
+    for code, edits in hostile_json.OF_SEVERAL_DOMAINS.items():
+        for slug, (path, value) in edits.items():
+            yield one(code, slug, edited(domains, path, value))
+    yield one("A024", "alone_in_capitals", edited(tree, "inputs.0.domain", "Math"))
+    yield one("A026", "beyond_the_only_input", edited(tree, "parts.0.input", 1))
     two = viewed(whole([artifact.make_part(seed=seed) for seed in range(2)]), [layout.TOKENS])
     yield one("A016", "parts_in_another_order", edited(two, "parts", document(two)["parts"][::-1]))
 
@@ -206,7 +212,7 @@ def tables() -> Made:
 def audits() -> Made:
     both = replace(artifact.COMPACT, rule="teacher+reference")
     tree = whole(encoding=both, rollouts=sampled_by("student"))
-    stored = document(tree)["inputs"]["rollouts_audit"]
+    stored = document(tree)["inputs"][0]["rollouts_audit"]
     for slug, audit in {
         "none": None,
         "another_score": stored | {"score": stored["score"] + 0.001},
@@ -214,10 +220,15 @@ def audits() -> Made:
         "fewer_positions": stored | {"positions": stored["positions"] - 1},
         "one_outside": stored | {"outside": 1},
     }.items():
-        yield one("A069", slug, edited(tree, "inputs.rollouts_audit", audit))
-    yield one("A069", "of_another_temperature", edited(tree, "inputs.rollouts.sampling.temperature", 0.7))
-    yield one("A069", "though_nobody_knows_the_policy", edited(whole(encoding=both), "inputs.rollouts_audit", stored))
-    alone = edited(whole(rollouts=sampled_by("student")), "inputs.rollouts_audit", stored)
+        yield one("A069", slug, edited(tree, "inputs.0.rollouts_audit", audit))
+    domains = artifact.several()
+    math, code = (one["rollouts_audit"] for one in document(domains)["inputs"])
+    yield one("A069", "of_another_domain", edited(domains, "inputs.0.rollouts_audit", code))
+    both_domains = {name: math[name] + code[name] for name in math}
+    yield one("A069", "of_all_domains_together", edited(domains, "inputs.1.rollouts_audit", both_domains))
+    yield one("A069", "of_another_temperature", edited(tree, "inputs.0.rollouts.sampling.temperature", 0.7))
+    yield one("A069", "though_nobody_knows_the_policy", edited(whole(encoding=both), "inputs.0.rollouts_audit", stored))
+    alone = edited(whole(rollouts=sampled_by("student")), "inputs.0.rollouts_audit", stored)
     yield one("A069", "without_the_top_k_of_the_reference_policy", alone)
 
 
@@ -238,12 +249,18 @@ def gates() -> Made:
     spoiled = artifact.audited(outside=30)
     yield one("A080", "impossible_sft_data", tokens(rollouts=policy, sft=taught, sft_audit=spoiled), student=student)
     against = {"positions": 300, "outside": 0, "score": 90.0, "variance": 400.0}
-    rollouts = edited(tokens(rollouts=policy, sft=taught), "inputs.rollouts_audit", against)
+    rollouts = edited(tokens(rollouts=policy, sft=taught), "inputs.0.rollouts_audit", against)
     yield one("A080", "audit_against_the_rollouts", rollouts, student=student)
     yield one("A080", "unknown_policy", tokens(sft=taught), student=student)
     yield one("A080", "another_student", tokens(rollouts=policy, sft=taught), student=identity("other"))
     quantised = replace(student, quantization="gguf")
     yield one("A080", "student_quantised", tokens(rollouts=policy, sft=taught), student=quantised)
+    domains = viewed(artifact.several(), [layout.TOKENS])
+    math, code = (one["teacher"] for one in document(domains)["inputs"])
+    swapped = edited(edited(domains, "inputs.0.teacher", code), "inputs.1.teacher", math)
+    yield one("A080", "teachers_of_two_domains_swapped", swapped, student=student)
+    other_policy = edited(domains, "inputs.1.rollouts.policy", identity("other").to_json())
+    yield one("A080", "another_student_in_one_domain", other_policy, student=student)
     other_tokenizer = replace(student, tokenizer="sha256:" + 64 * "0")
     record = replace(policy, policy=other_tokenizer)
     yield one("A080", "another_tokenizer", tokens(rollouts=record, sft=taught), student=other_tokenizer)

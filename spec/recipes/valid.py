@@ -14,7 +14,7 @@ from lopd_store.grid import Grid
 from lopd_store.license import License
 from lopd_store.manifest import sealed
 from lopd_store.part import Part, round_part
-from lopd_store.provenance import CheckpointRecord, Sampling
+from lopd_store.provenance import UNKNOWN_SFT, CheckpointRecord, Sampling
 from lopd_store.topk import TopK
 from recipes import signatures
 from recipes.artifact import (
@@ -30,6 +30,7 @@ from recipes.artifact import (
     make_table,
     sampled_at,
     sampled_by,
+    several,
     taught_by,
     viewed,
     whole,
@@ -230,7 +231,7 @@ def policy_with_a_checkpoint_record() -> Tree:
         model=identity("student"),
         base=identity("base", chat_template=None),
         data=sft.data or "",
-        sft=sft,
+        sft=(sft,),
         overrides=("allow-unknown-sft-teacher",),
     )
     record = replace(sampled_by("student"), policy_checkpoint=checkpoint)
@@ -243,7 +244,7 @@ def declared_by_someone_who_knows_little() -> Tree:
     sampling = Sampling(temperature=None, top_p=None, max_response_tokens=None, samples_per_prompt=None, seed=None)
     sft = replace(taught_by("teacher"), status="declared", data=None)
     checkpoint = CheckpointRecord(
-        status="declared", method="sft", model=identity("student"), base=identity("base"), data=None, sft=sft
+        status="declared", method="sft", model=identity("student"), base=identity("base"), data=None, sft=(sft,)
     )
     record = replace(
         sampled_by("student"), status="declared", policy_checkpoint=checkpoint, prompts=None, sampling=sampling
@@ -318,6 +319,36 @@ def long_prompt() -> Tree:
 
 
 @recipe
+def one_domain_that_has_a_name() -> Tree:
+    return whole(domain="math", sft=taught_by("teacher"), rollouts=sampled_by("student"))
+
+
+@recipe
+def several_domains() -> Tree:
+    """A teacher for mathematics and one for code; the policy had SFT data of both."""
+    return several()
+
+
+@recipe
+def several_domains_of_one_teacher() -> Tree:
+    parts = [make_part(seed=seed) for seed in range(2)]
+    return whole(parts, domain="a.b_c-1", more=[(1, {"domain": 64 * "9", "sft": UNKNOWN_SFT})])
+
+
+@recipe
+def several_domains_of_which_one_is_of_another_teacher_and_policy() -> Tree:
+    """It is valid all the same, and for no student consistent."""
+    parts = [make_part(seed=seed) for seed in range(2)]
+    code = {"domain": "code", "sft": taught_by("third"), "rollouts": sampled_by("another student")}
+    return whole(parts, domain="math", sft=taught_by("teacher"), rollouts=sampled_by("student"), more=[(1, code)])
+
+
+@recipe
+def view_of_one_domain() -> Tree:
+    return viewed(several(), layout.FILE_KINDS, range(1, 3))
+
+
+@recipe
 def annotated() -> Tree:
     free: dict[str, Any] = {"note": "anything", "list": [1, 2.5, None, True, {"deep": [[]]}], "": "", "seal": "mine"}
     return whole(annotations=free)
@@ -347,7 +378,7 @@ def higher_minor_version() -> Tree:
     """Members that nobody knows yet, at every level; a reader of this version ignores them."""
     tree = whole(sft=taught_by("teacher"), rollouts=sampled_by("student"))
     manifest = document(tree) | {"version": "1.7", "later": {"anything": []}}
-    inputs, part = manifest["inputs"], manifest["parts"][0]
+    inputs, part = manifest["inputs"][0], manifest["parts"][0]
     objects = [manifest["counts"], part, part["counts"], part["files"], part["files"]["topk"], inputs]
     objects += [inputs["teacher"], inputs["scoring"], inputs["sft"], inputs["sft"]["teacher"]]
     objects += [inputs["rollouts"], inputs["rollouts"]["sampling"], manifest["encoding"]]

@@ -74,7 +74,8 @@ def test_another_teacher_than_that_of_the_sft_data_is_said_with_both_identities(
 ) -> None:
     ran = build(other_teacher_dir, rollouts_file, "--sft", sft_file, "--json")
     assert (ran.code, ran.json["consistency"]) == (0, "inconsistent")
-    wrote, scored = ran.json["sft"]["teacher"]["weights"], ran.json["teacher"]["weights"]
+    (inputs,) = ran.json["inputs"]
+    wrote, scored = inputs["sft"]["teacher"]["weights"], inputs["teacher"]["weights"]
     assert f"  expected  teacher  (weights {wrote[7:19]}…)\n" in ran.stderr
     assert f"  actual    other-teacher  (weights {scored[7:19]}…)\n" in ran.stderr
 

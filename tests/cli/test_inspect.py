@@ -21,7 +21,7 @@ def inspect(artifact: Path | str, *more: object) -> Ran:
 def test_a_table_for_people_names_everything_once(sealed: Path) -> None:
     ran = inspect(sealed)
     opened = lopd_store.open(sealed)
-    counts, teacher = opened.manifest.counts, opened.manifest.inputs.teacher
+    counts, teacher = opened.manifest.counts, opened.manifest.inputs[0].teacher
     assert (ran.code, ran.stderr) == (0, "")
     rows = dict(line.split("  ", 1) for line in ran.stdout.splitlines())
     assert {name: value.strip() for name, value in rows.items()} == {
@@ -56,7 +56,8 @@ def test_the_same_facts_come_in_json(sealed: Path) -> None:
     assert (ran.code, ran.stderr) == (0, "")
     assert ran.json["counts"] == opened.manifest.counts.to_json()
     assert ran.json["fingerprint"] == opened.fingerprint
-    assert ran.json["sft"]["teacher"] == ran.json["teacher"] == opened.manifest.inputs.teacher.to_json()
+    (inputs,) = ran.json["inputs"]
+    assert inputs["sft"]["teacher"] == inputs["teacher"] == opened.manifest.inputs[0].teacher.to_json()
     assert ran.json["bytes"] == sum(file.stat().st_size for file in (sealed / "parts").iterdir())
 
 
@@ -141,8 +142,9 @@ def test_a_newer_format_is_refused_with_the_way_out(artifact: Path) -> None:
 def test_a_name_in_a_manifest_cannot_drive_the_terminal(artifact: Path) -> None:
     path = artifact / "manifest.json"
     parsed = manifest.parse(path.read_bytes())
-    teacher = replace(parsed.inputs.teacher, name="evil\x1b[2Jname\n\u202ereversed")
-    path.write_bytes(manifest.render(replace(parsed, inputs=replace(parsed.inputs, teacher=teacher))))
+    (inputs,) = parsed.inputs
+    teacher = replace(inputs.teacher, name="evil\x1b[2Jname\n\u202ereversed")
+    path.write_bytes(manifest.render(replace(parsed, inputs=(replace(inputs, teacher=teacher),))))
     ran = inspect(artifact)
     assert ran.code == 0
     assert "teacher           evil\\x1b[2Jname\\n\\u202ereversed  weights " in ran.stdout

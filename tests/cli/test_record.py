@@ -44,13 +44,17 @@ def test_a_chain_from_elsewhere_is_declared_and_passes_the_gate(elsewhere: Path)
     weights = lopd_store.identify("teacher").weights[7:19]
     assert ran == Ran(code=0, stdout=f"sft.parquet: declared, sampled by teacher (weights {weights}…)\n", stderr="")
     ran = store("record checkpoint sft --base base --sft-data sft.parquet --json")
-    assert (ran.code, ran.json["record"]["status"], ran.json["record"]["sft"]["status"]) == (0, "declared", "declared")
+    assert (ran.code, ran.json["record"]["status"], ran.json["record"]["sft"][0]["status"]) == (
+        0,
+        "declared",
+        "declared",
+    )
 
     sample = "generate --model sft --prompts prompts.jsonl --n 2 --max-response-tokens 16 --output rollouts.parquet"
     assert store(sample).code == 0
     ran = store("build --teacher teacher --rollouts rollouts.parquet --output artifact --workers 1 --json")
     assert (ran.code, ran.stderr, ran.json["consistency"]) == (0, "", "consistent")
-    assert ran.json["sft"]["status"] == "declared"
+    assert ran.json["inputs"][0]["sft"]["status"] == "declared"
     assert store("verify artifact --student sft").code == 0
 
     ran = store("inspect artifact --lineage --json")
@@ -67,7 +71,7 @@ def test_a_declared_checkpoint_named_to_build_stays_declared(elsewhere: Path, sf
     assert store(sample).code == 0
     assert store("record checkpoint sft --base base --sft-data", sft_file).code == 0
     build = "build --teacher teacher --rollouts rollouts.parquet --sft sft --output artifact --workers 1 --json"
-    assert store(build).json["sft"]["status"] == "declared"
+    assert store(build).json["inputs"][0]["sft"]["status"] == "declared"
     marks = mark_of(store("inspect artifact --lineage --json"))
     assert marks == {
         "SFT data": "declared",
@@ -82,8 +86,8 @@ def test_rollouts_from_elsewhere_are_declared_and_so_is_their_artifact(elsewhere
     assert store("record checkpoint sft --base base --sft-teacher teacher").code == 0
     assert store("record rollouts sampled.parquet --policy sft --output rollouts.parquet").code == 0
     ran = store("build --teacher teacher --rollouts rollouts.parquet --output artifact --workers 1 --json")
-    assert (ran.json["consistency"], ran.json["sft"]["status"]) == ("consistent", "declared")
-    assert ran.json["rollouts"]["status"] == "declared"
+    assert (ran.json["consistency"], ran.json["inputs"][0]["sft"]["status"]) == ("consistent", "declared")
+    assert ran.json["inputs"][0]["rollouts"]["status"] == "declared"
 
 
 def test_a_declared_teacher_that_did_not_score_is_refused(elsewhere: Path, other_teacher_dir: Path) -> None:
@@ -124,7 +128,7 @@ SFT data: verified (the file itself names this teacher)
       weights {reference.weights}
     └── rollouts: verified (the policy is this checkpoint)
           sampled by {named("reference")}
-          file {artifact.manifest.inputs.rollouts_file}
+          file {artifact.manifest.inputs[0].rollouts_file}
           prompts {prompts}
         └── artifact: verified (the teacher is the SFT teacher)
               scored by {named("teacher")}

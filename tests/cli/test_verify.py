@@ -153,7 +153,7 @@ def test_the_reference_policy_may_be_trained(sealed: Path, student_dir: Path) ->
 def test_a_student_with_another_tokenizer_is_refused_with_both_identities(sealed: Path, tmp_path: Path) -> None:
     wide = save_tiny_model(tmp_path / "wide", seed=3, vocab_size=310)
     ran = verify(sealed, "--student", wide)
-    teacher, student = lopd_store.open(sealed).manifest.inputs.teacher, lopd_store.identify(wide)
+    teacher, student = lopd_store.open(sealed).manifest.inputs[0].teacher, lopd_store.identify(wide)
     assert (ran.code, ran.stdout) == (1, "")
     assert ran.stderr.endswith(
         "error[A080]: `inputs (tokenizer)`: teacher consistency is inconsistent: "

@@ -118,7 +118,7 @@ def write_example(directory: Path) -> Path:
     for kind, content in contents.items():
         (directory / layout.part_file(0, kind)).write_bytes(content)
     manifest = Manifest(
-        counts=stored.counts, encoding=chosen, inputs=inputs, parts=(entry,), reference_logprobs=True, text=True
+        counts=stored.counts, encoding=chosen, inputs=(inputs,), parts=(entry,), reference_logprobs=True, text=True
     )
     (directory / layout.MANIFEST).write_bytes(render(manifest))
     return directory

@@ -24,6 +24,7 @@ from lopd_store.container import Group, array_metadata
 from lopd_store.digest import digest_bytes
 from lopd_store.encoding import Encoding, make_encoding
 from lopd_store.part import tokens_arrays, topk_arrays
+from lopd_store.provenance import MAX_DOMAINS
 from lopd_store.weights import tensor_digests, weights_digests
 from tests.conformance import example
 from tests.conformance.text import SPEC, TEXT, block, blocks, tables
@@ -97,10 +98,10 @@ def test_manifests_of_every_encoding_and_their_records_are_valid() -> None:
         (("counts", "tokens"), -1),
         (("encoding", "profile"), "exact"),
         (("encoding", "grids", "topk_logprobs"), [[0.0, 0.3]]),
-        (("inputs", "scoring", "temperature"), 0.7),
-        (("inputs", "sft", "teacher"), None),
-        (("inputs", "teacher", "weights"), "sha256:0"),
-        (("inputs", "rollouts", "record"), "checkpoint"),
+        (("inputs", 0, "scoring", "temperature"), 0.7),
+        (("inputs", 0, "sft", "teacher"), None),
+        (("inputs", 0, "teacher", "weights"), "sha256:0"),
+        (("inputs", 0, "rollouts", "record"), "checkpoint"),
         (("parts",), []),
         (("parts", 0, "files", "topk", "path"), "parts/00000.tokens.zarr.zip"),
     ],
@@ -122,7 +123,7 @@ def test_the_objects_of_the_schema_have_the_members_of_the_tables() -> None:
         for table in tables()
         if "member" in table[0]
     }
-    for name in ("manifest", "inputs", "identity", "sft", "rollouts_record", "checkpoint_record", "signature"):
+    for name in ("manifest", "input", "identity", "sft", "rollouts_record", "checkpoint_record", "signature"):
         assert frozenset(SCHEMA["$defs"][name]["properties"]) in members, name
 
 
@@ -241,6 +242,7 @@ def test_the_limits_of_the_text_are_those_of_the_library() -> None:
         f"{mebibytes} MiB; {view.MAX_VIEW_BYTES} bytes; {container.MAX_METADATA_BYTES} bytes; {kibibytes} KiB",
         f"{strictjson.MAX_DEPTH}; {strictjson._MAX_INTEGER_DIGITS}",
         f"{layout.MAX_PARTS:,}; {powers[manifests._COUNT_LIMIT - 1]}; {powers[layout.MAX_FILE_BYTES]}",
+        f"{MAX_DOMAINS}; {MAX_DOMAINS} characters",
         f"{encodings.K_LIMIT:,}; {grid.MAX_SEGMENTS}; {grid.LAST_LEVEL + 1:,}",
         "2^31 - 1",
         f"{powers[container.MAX_VALUES]}; {powers[container.CHUNK]}",

@@ -24,7 +24,7 @@ def card_of(manifest: Manifest, name: str) -> str:
     def named(identity: ModelIdentity) -> ModelIdentity:
         return replace(identity, name=name, revision=name or None)
 
-    inputs = manifest.inputs
+    (inputs,) = manifest.inputs
     assert inputs.sft.teacher is not None
     assert inputs.rollouts is not None
     inputs = replace(
@@ -34,7 +34,7 @@ def card_of(manifest: Manifest, name: str) -> str:
         rollouts=replace(inputs.rollouts, policy=named(inputs.rollouts.policy)),
         scoring=replace(inputs.scoring, engine=name, dtype=name),
     )
-    return render_card(replace(manifest, inputs=inputs), FINGERPRINT)
+    return render_card(replace(manifest, inputs=(inputs,)), FINGERPRINT)
 
 
 def structure(card: str) -> list[str]:

@@ -44,7 +44,7 @@ def test_an_artifact_is_found_by_its_teacher_and_its_tokenizer(
     hub: HubServer, pushed: lopd_store.Artifact, teacher_dir: Path, other_teacher_dir: Path
 ) -> None:
     both = ["acme/art", "lab/art"]
-    identity = pushed.manifest.inputs.teacher
+    identity = pushed.manifest.inputs[0].teacher
     assert repositories(teacher=teacher_dir) == repositories(teacher=identity.weights) == both
     assert repositories(tokenizer=other_teacher_dir) == repositories(tokenizer=identity.tokenizer) == both
     assert repositories(teacher=other_teacher_dir) == []

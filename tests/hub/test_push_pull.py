@@ -505,7 +505,7 @@ def test_the_token_is_nowhere(hub: HubServer, sealed: Path, here: Path, monkeypa
 
 def test_the_card_is_one_that_the_hub_understands(hub: HubServer, sealed: Path, pushed: str) -> None:
     card = DatasetCard(hub.files(REPO)["README.md"].decode())
-    teacher = lopd_store.open(sealed).manifest.inputs.teacher
+    teacher = lopd_store.open(sealed).manifest.inputs[0].teacher
     assert vars(card.data)["tags"] == [
         "lopd",
         f"lopd-teacher-{teacher.weights[7:19]}",
@@ -515,7 +515,9 @@ def test_the_card_is_one_that_the_hub_understands(hub: HubServer, sealed: Path, 
     assert vars(card.data)["size_categories"] == ["n<1K"]
     assert vars(card.data)["configs"] == [{"config_name": "rollouts", "data_files": "parts/*.rollouts.parquet"}]
     assert f"| fingerprint | `{pushed}` |" in card.text
-    assert f"| teacher | `teacher`, weights `{lopd_store.open(sealed).manifest.inputs.teacher.weights}` |" in card.text
+    assert (
+        f"| teacher | `teacher`, weights `{lopd_store.open(sealed).manifest.inputs[0].teacher.weights}` |" in card.text
+    )
     assert f"lopd-store pull {REPO} --fingerprint {pushed} --output artifact\n" in card.text
 
 

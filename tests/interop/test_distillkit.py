@@ -70,7 +70,7 @@ def test_an_independent_decoder_finds_the_artifact(mixed: Path, tmp_path: Path, 
     lopd_store.export(mixed, "distillkit", output=tmp_path / "rows", k=k)
     rows, config = read(tmp_path / "rows")
     artifact = lopd_store.open(mixed)
-    assert config["k"] == (k or 12) and config["d"] == artifact.manifest.inputs.teacher.vocab_size
+    assert config["k"] == (k or 12) and config["d"] == artifact.manifest.inputs[0].teacher.vocab_size
     for row, number in zip(rows, KEPT, strict=True):
         assert_same(row, decode(row, config), artifact.rollout(number), config["k"])
 

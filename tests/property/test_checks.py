@@ -45,7 +45,7 @@ def findings(artifact: lopd_store.Artifact, tokens: Arrays, topk: Arrays) -> dic
     with np.errstate(all="ignore"):
         found = list(
             checks.check_topk(
-                tokens, topk, manifest.parts[0].counts, manifest.encoding, manifest.inputs.teacher.vocab_size, "topk"
+                tokens, topk, manifest.parts[0].counts, manifest.encoding, manifest.inputs[0].teacher.vocab_size, "topk"
             )
         )
     return {one.code: int(one.message.split()[1].rstrip(":")) for one in found if one.code in OF_POSITIONS}

@@ -165,8 +165,8 @@ def test_an_engine_gives_the_artifact_of_the_embedded_one(
         teacher=teacher, rollouts=rollouts_path, output=tmp_path / "wanted", exact=True, k_max=40, coverage=coverage
     )
     assert lopd_store.verify(found.path).ok
-    assert found.manifest.inputs.scoring.engine == engine
-    assert found.manifest.inputs.teacher == wanted.manifest.inputs.teacher
+    assert found.manifest.inputs[0].scoring.engine == engine
+    assert found.manifest.inputs[0].teacher == wanted.manifest.inputs[0].teacher
     ours, theirs = wanted.part(0), found.part(0)
     np.testing.assert_array_equal(theirs.token_ids, ours.token_ids)
     np.testing.assert_allclose(theirs.sampled_logprobs, ours.sampled_logprobs, atol=TOLERANCE)
@@ -220,7 +220,7 @@ def test_an_engine_gives_what_two_models_find_likely_as_the_embedded_one_does(
     for name in ("tail_logprobs", "reference_tail_logprobs"):
         a, b = (np.exp(getattr(topk, name)[same]) for topk in (theirs, ours))
         np.testing.assert_allclose(a, b, atol=1e-4)
-    audits = [one.manifest.inputs.rollouts_audit for one in (found, wanted)]
+    audits = [one.manifest.inputs[0].rollouts_audit for one in (found, wanted)]
     assert audits[0] is not None and audits[1] is not None
     assert audits[0].z == pytest.approx(audits[1].z, abs=0.01)
 

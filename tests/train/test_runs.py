@@ -106,8 +106,8 @@ def test_the_record_of_an_sft_checkpoint_names_the_teacher_of_its_data(
     assert (record.method, record.status, record.overrides) == ("sft", "recorded", ())
     assert record.model == identify(reference)
     assert record.base == identify(student_dir)
-    assert record.data == record.sft.data == digest_file(sft_data).sha256
-    assert record.sft.teacher == identify(teacher_dir)
+    assert record.data == record.sft[0].data == digest_file(sft_data).sha256
+    assert record.sft[0].teacher == identify(teacher_dir)
 
 
 def test_the_record_of_an_opd_checkpoint_carries_the_sft_of_its_artifact(
@@ -119,7 +119,7 @@ def test_the_record_of_an_opd_checkpoint_carries_the_sft_of_its_artifact(
     assert record.model == identify(opd.output)
     assert record.base == identify(reference)
     assert record.data == opened.fingerprint
-    assert record.sft == opened.manifest.inputs.sft
+    assert record.sft[0] == opened.manifest.inputs[0].sft
 
 
 def test_run_json_says_everything_that_it_takes_to_repeat_the_run(
@@ -174,7 +174,7 @@ def test_an_artifact_without_sft_provenance_is_refused_unless_overridden(
     lopd_train.train(**arguments, overrides=["allow-unknown-sft-teacher"])
     record = read_checkpoint_record(tmp_path / "opd")
     assert record is not None
-    assert (record.overrides, record.sft.status) == (("allow-unknown-sft-teacher",), "unknown")
+    assert (record.overrides, record.sft[0].status) == (("allow-unknown-sft-teacher",), "unknown")
 
 
 def test_a_student_that_did_not_sample_the_rollouts_is_refused(

@@ -51,7 +51,8 @@ def build(teacher: Path, rollouts: Path, output: Path, **options: Any) -> Artifa
 
 
 def inputs_of(artifact: Artifact) -> Inputs:
-    return artifact.manifest.inputs
+    (inputs,) = artifact.manifest.inputs
+    return inputs
 
 
 def test_sft_data_is_audited_as_the_command_audits_it(audited: Artifact, teacher_dir: Path, sft_file: Path) -> None:
@@ -80,7 +81,7 @@ def test_the_verifier_derives_the_audit_of_the_rollouts_itself(audited: Artifact
     assert better is not None
     data = (forged / layout.MANIFEST).read_bytes()
     value = replace(better, score=better.score + 0.01).sums()
-    (forged / layout.MANIFEST).write_bytes(edit_manifest(data, "inputs", "rollouts_audit", value=value))
+    (forged / layout.MANIFEST).write_bytes(edit_manifest(data, "inputs", 0, "rollouts_audit", value=value))
     (found,) = lopd_store.verify(forged).findings
     assert (found.code, found.where) == ("A069", "manifest.json")
     assert "score" in str(found.expected) and lopd_store.verify(forged, quick=True).ok
@@ -96,7 +97,7 @@ def test_the_teacher_can_be_asked_again_about_the_sft_data(
     forged = lopd_store.subset(audited.path, output=tmp_path / "copy").path
     data = (forged / layout.MANIFEST).read_bytes()
     better = replace(kept, found=replace(kept.found, score=kept.found.score + 0.02 * kept.found.positions))
-    (forged / layout.MANIFEST).write_bytes(edit_manifest(data, "inputs", "sft_audit", value=better.to_json()))
+    (forged / layout.MANIFEST).write_bytes(edit_manifest(data, "inputs", 0, "sft_audit", value=better.to_json()))
     assert lopd_store.verify(forged).ok
     (found,) = lopd_store.verify(forged, teacher=teacher_dir, sft_data=sft_file).findings
     assert (found.code, found.message) == ("A091", "the teacher finds something else in the SFT data")
@@ -132,7 +133,7 @@ def test_rollouts_of_another_temperature_are_audited_at_it(
     accused = build(teacher_dir, tmp_path / "warm.parquet", tmp_path / "b", reference=student_dir)
     found = inputs_of(accused).rollouts_audit
     assert found is not None and found.verdict == "inconsistent" and found.effect > 0.1
-    assert "rollouts" in [one.subject for one in gate.judge(inputs_of(accused)).findings]
+    assert "rollouts" in [one.subject for one in gate.judge([inputs_of(accused)]).findings]
 
 
 CHECKPOINT_SAMPLING = policy(CHECKPOINT.model).sampling  # at temperature 1
@@ -161,7 +162,7 @@ def test_sft_data_of_another_model_than_it_names_is_found_out(
     theirs = sample(other_teacher_dir, prompts_file, tmp_path / "theirs.parquet")
     RolloutsFile(theirs).copy(tmp_path / "sft.parquet", policy(identify(teacher_dir)))
     artifact = build(teacher_dir, rollouts_file, tmp_path / "a", sft_data=tmp_path / "sft.parquet")
-    verdict = gate.judge(inputs_of(artifact))
+    verdict = gate.judge([inputs_of(artifact)])
     assert [(one.subject, one.state) for one in verdict.findings] == [("SFT data", "inconsistent")]
     assert "**Warning:** the audit finds" in (artifact.path / layout.CARD).read_text()
 
@@ -170,7 +171,7 @@ def test_sft_data_that_the_policy_was_not_trained_on_is_refused(
     teacher_dir: Path, student_dir: Path, sft_file: Path, tmp_path: Path
 ) -> None:
     student, teacher = identify(student_dir), identify(teacher_dir)
-    carried = policy(student, replace(CHECKPOINT, model=student, sft=replace(SFT, teacher=teacher)))
+    carried = policy(student, replace(CHECKPOINT, model=student, sft=(replace(SFT, teacher=teacher),)))
     rollouts = save_rollouts(tmp_path / "r.parquet", random_pairs([(3, 4)]), record=carried)
     with pytest.raises(InputError, match="is not the SFT data of the reference policy"):
         build(teacher_dir, rollouts, tmp_path / "a", sft_data=sft_file)
@@ -211,7 +212,7 @@ def test_another_file_of_sft_data_is_another_plan(
 
 def test_audits_come_back_from_the_manifest(audited: Artifact) -> None:
     data = (audited.path / layout.MANIFEST).read_bytes()
-    stored = json.loads(data)["inputs"]
+    stored = json.loads(data)["inputs"][0]
     assert set(stored["rollouts_audit"]) == {"positions", "outside", "score", "variance"}
     assert manifests.render(manifests.parse(data)) == data
     assert isinstance(inputs_of(audited).rollouts_audit, Statistic)

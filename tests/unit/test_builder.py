@@ -13,7 +13,7 @@ import pytest
 
 import lopd_store
 from lopd_store import layout, strictjson
-from lopd_store.digest import digest_contents, digest_json
+from lopd_store.digest import digest_contents, digest_file, digest_json
 from lopd_store.errors import ArtifactError, ConsistencyError, DataError, InputError
 from lopd_store.handout import Progress
 from lopd_store.identity import ModelIdentity, identify
@@ -287,14 +287,14 @@ def build_with(record: RolloutsRecord | None, teacher_dir: Path, path: Path, *, 
 
 
 def checkpoint_of(student: ModelIdentity, teacher: ModelIdentity) -> CheckpointRecord:
-    return replace(CHECKPOINT, model=student, sft=replace(SFT, teacher=teacher))
+    return replace(CHECKPOINT, model=student, sft=(replace(SFT, teacher=teacher),))
 
 
 def test_the_sft_teacher_is_carried_by_the_rollouts(
     teacher_dir: Path, teacher: ModelIdentity, student: ModelIdentity, tmp_path: Path
 ) -> None:
     artifact = build_with(policy(student, checkpoint_of(student, teacher)), teacher_dir, tmp_path)
-    assert artifact.manifest.inputs.sft == replace(SFT, teacher=teacher)
+    assert artifact.manifest.inputs[0].sft == replace(SFT, teacher=teacher)
     assert lopd_store.open(artifact.path, student=student).fingerprint == artifact.fingerprint
 
 
@@ -302,7 +302,7 @@ def test_an_artifact_without_sft_provenance_is_refused_to_a_student(
     teacher_dir: Path, student: ModelIdentity, tmp_path: Path
 ) -> None:
     artifact = build_with(policy(student), teacher_dir, tmp_path)
-    assert artifact.manifest.inputs.sft == UNKNOWN_SFT
+    assert artifact.manifest.inputs[0].sft == UNKNOWN_SFT
     with pytest.raises(ConsistencyError, match="teacher consistency is unknown"):
         lopd_store.open(artifact.path, student=student)
 
@@ -312,7 +312,7 @@ def test_sft_data_can_be_named_on_the_users_word(
 ) -> None:
     data = save_rollouts(tmp_path / "sft.parquet", random_pairs([(2, 2)]), record=policy(teacher))
     artifact = build_with(policy(student), teacher_dir, tmp_path, sft=data)
-    found = artifact.manifest.inputs.sft
+    found = artifact.manifest.inputs[0].sft
     assert (found.status, found.teacher, found.data) == ("declared", teacher, digest_contents(data.read_bytes()).sha256)
 
 
@@ -323,7 +323,7 @@ def test_an_sft_checkpoint_can_be_named_by_its_directory_or_its_record(
     record = checkpoint_of(student, teacher)
     (tmp_path / PROVENANCE_FILE).write_text(json.dumps(record.to_json()))
     artifact = build_with(policy(student), teacher_dir, tmp_path, sft=tmp_path / name)
-    assert artifact.manifest.inputs.sft == record.sft
+    assert artifact.manifest.inputs[0].sft == record.sft[0]
 
 
 def test_the_record_of_another_checkpoint_is_refused(
@@ -340,7 +340,7 @@ def test_sft_data_that_names_nobody_leaves_the_sft_teacher_unknown(
 ) -> None:
     data = save_rollouts(tmp_path / "sft.parquet", random_pairs([(2, 2)]), record=replace(ROLLOUTS, status="unknown"))
     artifact = build_with(policy(student), teacher_dir, tmp_path, sft=data)
-    assert artifact.manifest.inputs.sft == UNKNOWN_SFT
+    assert artifact.manifest.inputs[0].sft == replace(UNKNOWN_SFT, data=digest_file(data).sha256)
 
 
 def test_sft_that_contradicts_the_rollouts_is_refused(

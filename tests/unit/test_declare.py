@@ -131,7 +131,7 @@ def test_a_declared_checkpoint_is_declared_though_its_data_is_recorded(
     assert record.model == lopd_store.identify(checkpoint)
     assert record.base == lopd_store.identify(other_teacher_dir)
     teacher, data = lopd_store.identify(teacher_dir), digest_file(sft_file).sha256
-    assert record.sft == SftProvenance(status="declared", teacher=teacher, data=data)
+    assert record.sft[0] == SftProvenance(status="declared", teacher=teacher, data=data)
     assert record.data == data
 
 
@@ -147,12 +147,12 @@ def test_the_record_of_an_adapter_goes_into_its_rollouts(
     generated = lopd_store.generate(
         model=adapter, prompts=prompts_file, output=tmp_path / "r.parquet", max_response_tokens=4
     )
-    assert sft_of_policy(RolloutsFile(generated.output).record) == record.sft
+    assert sft_of_policy(RolloutsFile(generated.output).record) == record.sft[0]
 
 
 def test_a_teacher_goes_without_data(checkpoint: Path, student_dir: Path, teacher_dir: Path) -> None:
     record = declare_checkpoint(checkpoint, base=student_dir, sft_teacher=teacher_dir)
-    assert (record.sft.teacher, record.sft.data) == (lopd_store.identify(teacher_dir), None)
+    assert (record.sft[0].teacher, record.sft[0].data) == (lopd_store.identify(teacher_dir), None)
     assert record.data is None and read_checkpoint_record(checkpoint) == record
 
 
@@ -166,7 +166,7 @@ def test_data_in_text_goes_with_a_teacher(
     else:
         data.write_text('{"text": "a chat"}\n')
     record = declare_checkpoint(checkpoint, base=student_dir, sft_data=data, sft_teacher=teacher_dir)
-    assert record.data == record.sft.data == digest_file(data).sha256
+    assert record.data == record.sft[0].data == digest_file(data).sha256
     declare_checkpoint(checkpoint, base=student_dir, sft_data=data, sft_teacher=teacher_dir, force=True)
     with pytest.raises(InputError, match=f"nothing says which teacher wrote the SFT data in `{data}`"):
         declare_checkpoint(checkpoint, base=student_dir, sft_data=data, force=True)

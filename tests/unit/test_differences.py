@@ -126,8 +126,8 @@ def test_rollouts_are_sampled_and_scored_by_adapters_too(
         model=adapter, prompts=prompts_file, output=tmp_path / "rollouts.parquet", max_response_tokens=4, limit=2
     )
     artifact = lopd_store.build(teacher=teacher_dir, rollouts=made.output, output=tmp_path / "artifact")
-    assert artifact.manifest.inputs.rollouts is not None
-    assert artifact.manifest.inputs.rollouts.policy.adapter == identify(adapter).adapter
+    assert artifact.manifest.inputs[0].rollouts is not None
+    assert artifact.manifest.inputs[0].rollouts.policy.adapter == identify(adapter).adapter
 
 
 def test_an_adapter_whose_base_is_gone_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ TABLE_NAMES = ("inputs", "student", "state", "subjects", "needed")
 def test_the_verdict_names_its_state_and_subjects(
     inputs: Inputs, student: ModelIdentity | None, state: str, subjects: tuple[str, ...], needed: tuple[str, ...]
 ) -> None:
-    verdict = judge(inputs, student)
+    verdict = judge([inputs], student)
     assert verdict.state == state
     assert tuple(finding.subject for finding in verdict.findings) == subjects
 
@@ -74,7 +74,7 @@ def test_the_verdict_names_its_state_and_subjects(
 def test_only_the_overrides_that_are_needed_are_used(
     inputs: Inputs, student: ModelIdentity | None, state: str, subjects: tuple[str, ...], needed: tuple[str, ...]
 ) -> None:
-    assert enforce(judge(inputs, student), OVERRIDES) == tuple(sorted(needed))
+    assert enforce(judge([inputs], student), OVERRIDES) == tuple(sorted(needed))
 
 
 @pytest.mark.parametrize(TABLE_NAMES, [row for row in TABLE if row[4]])
@@ -83,12 +83,12 @@ def test_one_override_too_few_is_refused(
 ) -> None:
     for missing in needed:
         with pytest.raises(ConsistencyError, match=f"or, knowing that the gradient is biased, pass `--{missing}`"):
-            enforce(judge(inputs, student), [override for override in OVERRIDES if override != missing])
+            enforce(judge([inputs], student), [override for override in OVERRIDES if override != missing])
 
 
 @pytest.mark.parametrize("student", [OTHER_TOKENIZER, LARGER_VOCABULARY])
 def test_another_tokenizer_is_never_overridden(student: ModelIdentity) -> None:
-    verdict = judge(replace(INPUTS, rollouts=None), student)
+    verdict = judge([replace(INPUTS, rollouts=None)], student)
     assert verdict.findings[-1].subject == "tokenizer"
     with pytest.raises(
         ConsistencyError, match=r"the student's tokenizer is not the teacher's(?s:.)*hint: .*tokenizer$"
@@ -98,7 +98,7 @@ def test_another_tokenizer_is_never_overridden(student: ModelIdentity) -> None:
 
 def test_a_refusal_shows_both_identities_where_they_differ() -> None:
     with pytest.raises(ConsistencyError) as refusal:
-        enforce(judge(OTHER_SFT_TEACHER))
+        enforce(judge([OTHER_SFT_TEACHER]))
     wanted, found = (identity.weights[7:19] for identity in (OTHER_TEACHER, INPUTS.teacher))
     assert str(refusal.value) == (
         "teacher consistency is inconsistent: "
@@ -113,7 +113,7 @@ def test_a_refusal_shows_both_identities_where_they_differ() -> None:
 def test_a_refusal_for_an_audit_shows_what_was_found() -> None:
     weights = INPUTS.teacher.weights[7:19]
     with pytest.raises(ConsistencyError) as refusal:
-        enforce(judge(ACCUSED_SFT))
+        enforce(judge([ACCUSED_SFT]))
     assert str(refusal.value).startswith(
         "teacher consistency is inconsistent: the audit finds that the teacher did not write the SFT data\n"
         f"  expected  samples of teacher  (weights {weights}…)\n"
@@ -123,12 +123,12 @@ def test_a_refusal_for_an_audit_shows_what_was_found() -> None:
 
 def test_a_refusal_for_want_of_provenance_says_how_to_name_it() -> None:
     with pytest.raises(ConsistencyError, match=r"  actual    unknown\n\nhint: .*`lopd-store build --sft …`"):
-        enforce(judge(UNKNOWN_TEACHER))
+        enforce(judge([UNKNOWN_TEACHER]))
 
 
 @pytest.mark.parametrize("name", ["name", "revision"])
 def test_where_a_model_came_from_takes_no_part(name: str) -> None:
-    assert judge(INPUTS, identity_named("student", **{name: "elsewhere"})).state == "consistent"
+    assert judge([INPUTS], identity_named("student", **{name: "elsewhere"})).state == "consistent"
 
 
 @pytest.mark.parametrize(
@@ -143,5 +143,5 @@ def test_where_a_model_came_from_takes_no_part(name: str) -> None:
     ],
 )
 def test_every_other_difference_makes_another_student(changes: dict[str, object]) -> None:
-    (finding,) = judge(INPUTS, identity_named("student", **changes)).findings
+    (finding,) = judge([INPUTS], identity_named("student", **changes)).findings
     assert (finding.subject, finding.differences) == ("student", tuple(changes))

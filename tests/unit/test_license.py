@@ -80,7 +80,7 @@ def test_it_is_in_the_artifact_and_no_part_of_the_identity(
     (model_dir / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert identify(model_dir).differences(identify(student_dir)) == ()
     artifact = lopd_store.build(teacher=model_dir, rollouts=rollouts_file, output=tmp_path / "a")
-    assert artifact.manifest.inputs.license == License(id="apache-2.0")
+    assert artifact.manifest.inputs[0].license == License(id="apache-2.0")
     assert "| licence of the teacher | `apache-2.0` |" in (artifact.path / "README.md").read_text()
 
 

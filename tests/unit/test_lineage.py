@@ -25,7 +25,7 @@ from tests.records import (
 
 FINGERPRINT = "sha256:" + 64 * "f"
 SFT_DATA = policy(TEACHER)
-DECLARED_CHECKPOINT = replace(CHECKPOINT, status="declared", sft=declared(SFT))
+DECLARED_CHECKPOINT = replace(CHECKPOINT, status="declared", sft=(declared(SFT),))
 TRAINED = replace(CHECKPOINT, method="opd", base=STUDENT, model=OTHER_STUDENT, data=FINGERPRINT)
 
 
@@ -34,7 +34,7 @@ def rollouts(record: RolloutsRecord | None) -> Inputs:
 
 
 def chain(inputs: Inputs, sft_data: RolloutsRecord | None = None) -> tuple[Link, ...]:
-    return of_manifest(make_manifest(inputs=inputs), FINGERPRINT, sft_data=sft_data)
+    return of_manifest(make_manifest(inputs=inputs), FINGERPRINT, sft_data={} if sft_data is None else {DATA: sft_data})
 
 
 def marks(links: tuple[Link, ...]) -> list[str]:
@@ -113,8 +113,8 @@ def test_a_checkpoint_of_sft_ends_the_chain() -> None:
     links = of_checkpoint(CHECKPOINT, STUDENT)
     assert [link.thing for link in links] == ["SFT data", "SFT checkpoint"]
     assert marks(links) == ["recorded", "recorded"]
-    assert marks(of_checkpoint(CHECKPOINT, STUDENT, sft_data=SFT_DATA)) == ["verified", "verified"]
-    assert marks(of_checkpoint(DECLARED_CHECKPOINT, STUDENT, sft_data=SFT_DATA)) == ["declared", "declared"]
+    assert marks(of_checkpoint(CHECKPOINT, STUDENT, sft_data={DATA: SFT_DATA})) == ["verified", "verified"]
+    assert marks(of_checkpoint(DECLARED_CHECKPOINT, STUDENT, sft_data={DATA: SFT_DATA})) == ["declared", "declared"]
 
 
 def test_a_student_hangs_on_its_artifact() -> None:

@@ -35,7 +35,7 @@ Record = CheckpointRecord | RolloutsRecord | SftProvenance
         ROLLOUTS,
         replace(ROLLOUTS, policy_checkpoint=None, status="declared"),
         CHECKPOINT,
-        replace(CHECKPOINT, method="opd", overrides=("allow-inconsistent-teacher",), sft=UNKNOWN_SFT),
+        replace(CHECKPOINT, method="opd", overrides=("allow-inconsistent-teacher",), sft=(UNKNOWN_SFT,)),
         SFT,
         UNKNOWN_SFT,
         replace(SFT, status="declared", data=None),
@@ -64,8 +64,8 @@ def test_a_record_comes_back_from_its_bytes(record: Record) -> None:
         (CHECKPOINT, lambda v: v.update(status="sure"), r"`x\.status` is not known"),
         (
             CHECKPOINT,
-            lambda v: v["sft"].update(teacher=None),
-            r"`x\.sft` has status `recorded`, but its teacher is null",
+            lambda v: v["sft"][0].update(teacher=None),
+            r"`x\.sft\[0\]` has status `recorded`, but its teacher is null",
         ),
         (SFT, lambda v: v.update(status="unknown"), "`x` has status `unknown`, but its teacher is named"),
         (SFT, lambda v: v.update(data="x"), r"`x\.data` is neither a digest nor null"),
@@ -95,7 +95,7 @@ def test_the_policy_of_sft_data_is_the_sft_teacher() -> None:
 
 @pytest.mark.parametrize("record", [None, replace(ROLLOUTS, status="unknown")])
 def test_sft_data_of_nobody_in_particular_has_no_teacher(record: RolloutsRecord | None) -> None:
-    assert sft_of_data(record, DATA) == UNKNOWN_SFT
+    assert sft_of_data(record, DATA) == replace(UNKNOWN_SFT, data=DATA)
 
 
 def test_a_declared_record_stays_declared() -> None:

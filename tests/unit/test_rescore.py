@@ -91,6 +91,6 @@ def test_what_another_engine_scored_is_scored_again_by_the_embedded_one(
     lowest = int(np.argmin(sampled))  # outside the top-k
     replace_part(path, sampled_logprobs=change(sampled, lowest, sampled[lowest] - change_by))
     manifest = path / "manifest.json"
-    manifest.write_bytes(edit_manifest(manifest.read_bytes(), "inputs", "scoring", "engine", value="http"))
+    manifest.write_bytes(edit_manifest(manifest.read_bytes(), "inputs", 0, "scoring", "engine", value="http"))
     report = lopd_store.verify(path, rescore=ALL, teacher=teacher_dir)
     assert [found.code for found in report.findings] == codes

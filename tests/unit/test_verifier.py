@@ -318,8 +318,8 @@ def test_a_manifest_in_another_form_is_found(artifact: Path) -> None:
         ("A016", ("parts", 0, "files", "topk", "path"), "parts/00001.topk.zarr.zip"),
         ("A016", ("parts",), []),
         ("A017", ("encoding", "grids", "topk_logprobs"), [[0, 0.3]]),
-        ("A018", ("inputs", "teacher", "weights"), "unknown"),
-        ("A019", ("inputs", "scoring", "temperature"), 0.7),
+        ("A018", ("inputs", 0, "teacher", "weights"), "unknown"),
+        ("A019", ("inputs", 0, "scoring", "temperature"), 0.7),
     ],
 )
 def test_a_manifest_that_says_what_none_may_say_is_found(
