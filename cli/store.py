@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import checking, console, export, making, record, share, sign
+from . import checking, combine, console, export, making, record, share, sign
 
 app = typer.Typer(
     help="Teacher log-probs as a training artifact: make it, check it, share it.",
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.add_typer(making.app)
 app.add_typer(checking.app)
+app.add_typer(combine.app)
 app.add_typer(share.app)
 app.add_typer(export.app, name="export")
 app.add_typer(record.app, name="record")

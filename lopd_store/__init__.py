@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lopd_store.builder import build, build_share, merge, merge_remote, publish
     from lopd_store.catalog import search
     from lopd_store.columns import to_dataset
+    from lopd_store.combining import combine
     from lopd_store.differences import compare
     from lopd_store.download import pull
     from lopd_store.forecast import estimate
@@ -44,6 +45,7 @@ __all__ = [
     "audit",
     "build",
     "build_share",
+    "combine",
     "compare",
     "estimate",
     "export",
@@ -64,6 +66,7 @@ __all__ = [
 _LAZY = {
     "build": "builder",
     "build_share": "builder",
+    "combine": "combining",
     "compare": "differences",
     "estimate": "forecast",
     "export": "interop",

@@ -26,6 +26,14 @@ def write_durably(path: Path, data: bytes) -> None:
         raise
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under another name; a copy on another file system, or on one without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def remove_unfinished(directory: Path) -> None:
     """Remove what a kill in the middle of `write_durably` has left there."""
     for path in directory.glob(f"*{UNFINISHED}"):
@@ -51,7 +59,7 @@ def becoming(path: Path) -> Iterator[Path]:
     _remove(unfinished)
     try:
         yield unfinished
-        for file in unfinished.rglob("*") if unfinished.is_dir() else [unfinished]:
+        for file in filter(Path.is_file, [unfinished, *unfinished.rglob("*")]):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         unfinished.rename(path)

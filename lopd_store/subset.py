@@ -6,13 +6,12 @@ subset("artifact", output="first", parts=range(0, 4))
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Literal
 
 from lopd_store import layout, reader, sources, strictjson
-from lopd_store.durable import sync_directory, write_durably
+from lopd_store.durable import link_or_copy, sync_directory, write_durably
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.verifier import OnBytes, verify
 from lopd_store.view import View
@@ -47,7 +46,7 @@ def subset(
         for name in chosen.files():
             if not (artifact.path / name).is_file():
                 raise ArtifactError(f"`{name}` is missing", hint=f"lopd-store verify {artifact.path}")
-            _copy(artifact.path / name, copying / name)
+            link_or_copy(artifact.path / name, copying / name)
         for name in (layout.MANIFEST, layout.BUILD_RECORD, layout.CARD, layout.SIGNATURES):
             if (artifact.path / name).is_file() and not (artifact.path / name).is_symlink():
                 shutil.copyfile(artifact.path / name, copying / name)
@@ -75,10 +74,3 @@ def choose(view: View, only: Only | None, parts: range | None) -> View:
 def write_view(directory: Path, view: View, fingerprint: str) -> None:
     """Let a copy say what it holds."""
     write_durably(directory / layout.VIEW, strictjson.pretty(view.to_json(fingerprint)))
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)

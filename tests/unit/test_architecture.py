@@ -27,7 +27,18 @@ LAYERS = [
     (
         "artifacts",
         [
-            *("reader", "rescore", "builder", "forecast", "verifier", "subset", "download", "upload", "catalog"),
+            *(
+                "reader",
+                "rescore",
+                "builder",
+                "forecast",
+                "verifier",
+                "subset",
+                "combining",
+                "download",
+                "upload",
+                "catalog",
+            ),
             "columns",
         ],
     ),
