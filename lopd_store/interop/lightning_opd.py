@@ -25,7 +25,7 @@ _INTEGERS, _DOUBLES = pa.list_(pa.int64()), pa.list_(pa.float64())
 
 def target(artifact: Artifact, tokenizer: str | Path, on_bad_rollout: OnBad) -> Target:
     """Raises InputError where the tokenizer of this model is another one than the artifact's."""
-    loaded = load_tokenizer_of(tokenizer, artifact.manifest.inputs.teacher)
+    loaded = load_tokenizer_of(tokenizer, artifact.manifest.inputs[0].teacher)
     fields = [
         ("is_lightning_opd", pa.bool_()),
         ("response_tokens", _INTEGERS),
