@@ -119,6 +119,23 @@ def test_records_of_an_artifact_are_its_rollouts(artifact: Path) -> None:
         assert item.positions == len(stored.response_ids)
 
 
+def test_tokens_that_the_policy_did_not_sample_are_out_of_the_loss_from_the_rollouts_on(
+    teacher_dir: Path, tmp_path: Path
+) -> None:
+    masks = [[True, False, False, True], [False, True], [True, True, False]]
+    rows = [{"prompt_ids": [9, 7], "response_ids": [8] * len(mask), "loss_mask": mask} for mask in masks]
+    write_rollouts(tmp_path / "rollouts.parquet", rows, None)
+    artifact = lopd_store.build(
+        teacher=teacher_dir, rollouts=tmp_path / "rollouts.parquet", output=tmp_path / "artifact", workers=1
+    )
+    for source in (artifact_source(artifact), rollouts_source(RolloutsFile(tmp_path / "rollouts.parquet"))):
+        records = source.read(0)
+        assert [item.loss_mask.tolist() for item in records] == masks
+        assert [(item.prompt_length, len(item.token_ids), item.positions) for item in records] == [
+            (2, 2 + len(mask), sum(mask)) for mask in masks
+        ]
+
+
 def test_a_copy_of_some_parts_is_trained_on_with_the_rows_of_the_whole(artifact: Path, tmp_path: Path) -> None:
     source = artifact_source(lopd_store.subset(artifact, output=tmp_path / "copy", parts=range(1, 3)))
     assert sorted(source.sizes) == [1, 2]

@@ -12,7 +12,7 @@ import torch
 import lopd_store
 from lopd_store.audit import score_and_variance
 from lopd_store.errors import DataError, InputError
-from lopd_store.rollouts import RolloutsFile
+from lopd_store.rollouts import RolloutsFile, write_rollouts
 from lopd_store.statistic import LEAST_POSITIONS, Statistic, add_up
 from tests.artifacts import random_pairs, save_rollouts
 
@@ -103,6 +103,29 @@ def test_sampling_parameters_are_those_of_the_record_and_others_are_noticed(
     assert lopd_store.audit(model=teacher_dir, data=cool).verdict == "consistent"
     warm = lopd_store.audit(model=teacher_dir, data=cool, temperature=1.0, top_p=1.0)
     assert warm.verdict == "inconsistent" and warm.overall.effect > 0.1  # likelier than samples at 1
+
+
+def test_tokens_that_the_loss_mask_excludes_neither_count_nor_condemn(
+    teacher_dir: Path, own_text: Path, tmp_path: Path
+) -> None:
+    sampled = RolloutsFile(own_text).read()
+    strange = np.random.default_rng(0).integers(6, 300, 32).tolist()  # what a tool may answer
+    found = []
+    for name, flag in (("masked", False), ("unmasked", True)):
+        rows = [
+            {
+                "prompt_ids": one.prompt_ids,
+                "response_ids": [*one.response_ids, *strange],
+                "loss_mask": [*one.loss_mask, *[flag] * len(strange)],
+            }
+            for one in sampled
+        ]
+        write_rollouts(tmp_path / f"{name}.parquet", rows, None)
+        data = tmp_path / f"{name}.parquet"
+        found.append(lopd_store.audit(model=teacher_dir, data=data, temperature=1, top_p=1).overall)
+    alone = lopd_store.audit(model=teacher_dir, data=own_text).overall
+    assert found[0].positions == alone.positions and found[0].score == pytest.approx(alone.score, abs=0.05)
+    assert found[0].verdict == "consistent" and found[1].verdict == "inconsistent"
 
 
 def test_tokens_outside_top_p_are_counted_and_condemn(teacher_dir: Path, own_text: Path) -> None:

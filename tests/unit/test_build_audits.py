@@ -19,7 +19,7 @@ from lopd_store.handout import Progress
 from lopd_store.identity import identify
 from lopd_store.manifest import Inputs
 from lopd_store.reader import Artifact
-from lopd_store.rollouts import RolloutsFile
+from lopd_store.rollouts import RolloutsFile, write_rollouts
 from lopd_store.statistic import Statistic
 from tests.artifacts import edit_manifest, random_pairs, save_rollouts
 from tests.records import CHECKPOINT, SFT, policy
@@ -85,6 +85,28 @@ def test_the_verifier_derives_the_audit_of_the_rollouts_itself(audited: Artifact
     (found,) = lopd_store.verify(forged).findings
     assert (found.code, found.where) == ("A069", "manifest.json")
     assert "score" in str(found.expected) and lopd_store.verify(forged, quick=True).ok
+
+
+def test_what_the_policy_did_not_sample_is_in_no_audit_of_its_rollouts(
+    audited: Artifact, teacher_dir: Path, student_dir: Path, many_rollouts: Path, tmp_path: Path
+) -> None:
+    file = RolloutsFile(many_rollouts)
+    rows = [
+        {
+            "prompt_ids": one.prompt_ids,
+            "response_ids": [*one.response_ids, *range(20, 36)],
+            "loss_mask": [True] * len(one.response_ids) + [False] * 16,
+            "logprobs": None,
+        }
+        for one in file.read()
+    ]
+    write_rollouts(tmp_path / "with-tools.parquet", rows, file.record)
+    found = build(teacher_dir, tmp_path / "with-tools.parquet", tmp_path / "a", reference=student_dir)
+    kept, plain = inputs_of(found).rollouts_audit, inputs_of(audited).rollouts_audit
+    assert kept is not None and plain is not None and kept.verdict == "consistent"
+    assert kept.positions == plain.positions == found.manifest.counts.positions - 16 * len(rows)
+    assert kept.score == pytest.approx(plain.score, abs=0.5)
+    assert lopd_store.verify(found.path).ok
 
 
 def test_the_teacher_can_be_asked_again_about_the_sft_data(
