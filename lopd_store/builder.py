@@ -300,7 +300,7 @@ def _scored(
     _require_free(output, remote)
     plan = settings.plan()
     if on_note is not None:
-        _note_bad_rollouts(plan, on_note)
+        _note_odd_rollouts(plan, on_note)
     building = layout.building_directory(Path(output)) if remote is None else remote.building
     numbers = range(len(plan.parts)) if share is None else share.parts(len(plan.parts))
     workers = settings.workers if settings.ray else count_workers(settings.workers, plan, len(numbers))
@@ -378,7 +378,13 @@ def _require_free(output: str | Path, remote: Remote | None = None) -> None:
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
 
 
-def _note_bad_rollouts(plan: Plan, on_note: OnNote) -> None:
+def _note_odd_rollouts(plan: Plan, on_note: OnNote) -> None:
+    if plan.two_bos:
+        total = sum(part.rollouts for part in plan.parts)
+        on_note(
+            f"{plan.two_bos:,} of {total:,} prompts begin with two BOS tokens, which the teacher has hardly ever read; "
+            "was a text that had one tokenised with special tokens?"
+        )
     if not plan.skipped:
         return
     for bad in plan.skipped[:_NAMED_BAD_ROLLOUTS]:

@@ -77,6 +77,7 @@ class Plan:
     parts: tuple[PlannedPart, ...]
     skipped: tuple[BadRollout, ...]
     versions: dict[str, str]  # of the libraries that decide bytes
+    two_bos: int = 0  # prompts that begin with two BOS tokens; for people, not part of what is planned
 
     def to_json(self) -> dict[str, Any]:
         """What plan.json holds; equal plans make equal artifacts."""
@@ -161,7 +162,8 @@ def make_plan(
         _check_reference(file, reference)
     provenance = _sft_provenance(file, sft_data if sft is None else sft, domain)
     context_length = _context_length(*([teacher] if reference is None else [teacher, reference]))
-    found = survey(file, _limits(identity, context_length, encoding), on_bad=on_bad_rollout)
+    bos = models.load_tokenizer(models.find(teacher)).bos_token_id
+    found = survey(file, _limits(identity, context_length, encoding), bos=bos, on_bad=on_bad_rollout)
     return Plan(
         teacher_path=teacher,
         rollouts_path=str(rollouts),
@@ -188,6 +190,7 @@ def make_plan(
         parts=_draw_parts(found, part_positions, encoding, file),
         skipped=found.bad,
         versions={name: version(name) for name in _LIBRARIES},
+        two_bos=found.two_bos,
     )
 
 

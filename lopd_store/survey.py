@@ -54,13 +54,17 @@ class Survey:
     response_lengths: npt.NDArray[np.uint32]  # [rows]
     bad: tuple[BadRollout, ...]
     has_logprobs: bool  # whether every row that is not bad carries the sampling policy's log-probs
+    two_bos: int  # rows that are not bad and whose prompt begins with two BOS tokens
 
 
-def survey(file: RolloutsFile, limits: Limits, *, on_bad: OnBad = "fail") -> Survey:
-    """Read every row once; raises DataError at the first bad one, or with `skip` lists the bad ones."""
+def survey(file: RolloutsFile, limits: Limits, *, bos: int | None = None, on_bad: OnBad = "fail") -> Survey:
+    """Read every row once; raises DataError at the first bad one, or with `skip` lists the bad ones.
+
+    `bos` is the id with which the teacher's tokenizer begins a text.
+    """
     prompts, responses = np.zeros(len(file), np.uint32), np.zeros(len(file), np.uint32)
     bad: list[BadRollout] = []
-    has_logprobs = "logprobs" in file.columns
+    has_logprobs, two_bos = "logprobs" in file.columns, 0
     for first, table in file.tables([name for name in _SCREENED if name in file.columns]):
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
         lengths = {name: _lengths(column) for name, column in columns.items()}
@@ -80,7 +84,15 @@ def survey(file: RolloutsFile, limits: Limits, *, on_bad: OnBad = "fail") -> Sur
         prompts[rows], responses[rows] = lengths["prompt_ids"] * good, lengths["response_ids"] * good
         if has_logprobs:
             has_logprobs = bool((lengths["logprobs"] == lengths["response_ids"])[good].all())
-    return Survey(prompt_lengths=prompts, response_lengths=responses, bad=tuple(bad), has_logprobs=has_logprobs)
+        if bos is not None:
+            two_bos += int((_begin_twice(columns["prompt_ids"], lengths["prompt_ids"], bos) & good).sum())
+    return Survey(
+        prompt_lengths=prompts,
+        response_lengths=responses,
+        bad=tuple(bad),
+        has_logprobs=has_logprobs,
+        two_bos=two_bos,
+    )
 
 
 def check_rollout(rollout: Rollout, row: int, limits: Limits) -> None:
@@ -132,6 +144,15 @@ def _lengths(column: pa.Array) -> npt.NDArray[np.int64]:
     """Values of each list, 0 for null; [rows]."""
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     return np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64)
+
+
+def _begin_twice(prompts: pa.Array, lengths: npt.NDArray[np.int64], bos: int) -> npt.NDArray[np.bool_]:
+    """Which prompts begin with this id two times; [rows]."""
+    found: npt.NDArray[np.bool_] = lengths >= 2
+    starts = (np.cumsum(lengths) - lengths)[found]
+    is_bos = prompts.flatten().fill_null(0).to_numpy(zero_copy_only=False) == bos
+    found[found] = is_bos[starts] & is_bos[starts + 1]
+    return found
 
 
 def _suspicious(

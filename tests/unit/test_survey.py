@@ -19,7 +19,7 @@ from lopd_store.building import SKIPPED
 from lopd_store.errors import DataError
 from lopd_store.rollouts import ROWS_PER_GROUP, RolloutsFile
 from lopd_store.survey import Limits, check_rollout
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 LIMITS = Limits(vocab_size=300, context_length=20, positions=12)
 GOOD: dict[str, Any] = {"prompt_ids": [1, 2], "response_ids": [3], "loss_mask": [True], "logprobs": [-0.5]}
@@ -136,6 +136,23 @@ def test_the_good_rollouts_make_the_same_parts_as_without_the_bad_ones(teacher_d
         for path in paths
     )
     assert len(one.manifest.parts) == 3 and one.manifest.parts == two.manifest.parts
+
+
+def test_prompts_that_begin_with_two_bos_tokens_are_counted_and_said(teacher_dir: Path, tmp_path: Path) -> None:
+    bos = tiny_tokenizer().bos_token_id
+    assert bos is not None
+    prompts = [[bos, bos, 7], [bos, 7, bos], [bos], [7, bos, bos], [], [bos, bos], [bos, bos, 300]]
+    rows = [GOOD | {"prompt_ids": prompt} for prompt in prompts]
+    rollouts, heard = save(tmp_path / "r.parquet", rows).path, list[str]()
+    artifact = lopd_store.build(
+        teacher=teacher_dir, rollouts=rollouts, output=tmp_path / "a", on_bad_rollout="skip", on_note=heard.append
+    )
+    assert heard[0].startswith("2 of 5 prompts begin with two BOS tokens") and "tokenised" in heard[0]
+    assert artifact.rollout(0).prompt_ids.tolist() == prompts[0]  # said, and left as it is
+    heard.clear()
+    save(tmp_path / "r.parquet", rows[1:4])
+    lopd_store.build(teacher=teacher_dir, rollouts=rollouts, output=tmp_path / "b", on_note=heard.append)
+    assert heard == []
 
 
 def test_nothing_that_can_be_scored_is_an_error(teacher_dir: Path, tmp_path: Path) -> None:
