@@ -225,6 +225,7 @@ def write_seal(plan: Plan, building: Path, *, workers: int | None) -> bytes:
         "device": plan.device,
         "plan": plan.digest,
         "noise": read_noise(building),
+        "padding": _mean_padding(notes),
         "skipped": [{"row": bad.row, "why": bad.why} for bad in skipped],
         "python": platform.python_version(),
         "versions": plan.versions,
@@ -233,6 +234,13 @@ def write_seal(plan: Plan, building: Path, *, workers: int | None) -> bytes:
     write_durably(building / layout.CARD, render_card(manifest, digest_bytes(data)).encode())
     write_durably(building / layout.MANIFEST, data)
     return data
+
+
+def _mean_padding(notes: Sequence[DoneNote]) -> float | None:
+    """Mass that the teacher gives to ids beyond its tokenizer's, the mean over all positions; part of every tail."""
+    positions, sums = sum(note.counts.positions for note in notes), [note.padding for note in notes]
+    known = [one for one in sums if one is not None]
+    return sum(known) / positions if positions and len(known) == len(sums) else None
 
 
 def read_sft_audit(building: Path, plan: Plan) -> SftAudit | None:

@@ -37,6 +37,7 @@ class ScoredPart:
     part: Part
     columns: dict[str, Any]  # of its rollouts table
     skipped: tuple[BadRollout, ...]  # that only scoring showed to be bad
+    padding: float | None  # mass on ids beyond the tokenizer's, added up over its positions; None where nobody knows
     seconds: float  # that scoring took
 
 
@@ -49,6 +50,7 @@ class DoneNote:
     files: dict[str, FileDigests]  # by kind
     audit: Statistic | None  # of its rollouts under the reference policy
     skipped: tuple[BadRollout, ...]
+    padding: float | None
     seconds: float
 
     @property
@@ -76,6 +78,7 @@ class DoneNote:
             files={kind: FileDigests(**digests) for kind, digests in value["files"].items()},
             audit=None if value["audit"] is None else Statistic.from_json(value["audit"], where=where),
             skipped=tuple(BadRollout(row=row, why=why) for row, why in value["skipped"]),
+            padding=value["padding"],
             seconds=value["seconds"],
         )
 
@@ -127,12 +130,15 @@ def score_part(
         on_scored(len(by_row[row].prompt_ids) + len(scores.sampled_logprobs), len(scores.sampled_logprobs))
     if not scored:
         raise DataError(f"nothing is left of part {number}", actual=f"{skipped[0]}, and so on")
-    part, columns = _assemble(plan, [scored[row] for row in rows if row in scored])
+    kept = [scored[row] for row in rows if row in scored]
+    part, columns = _assemble(plan, kept)
+    padding = [one.padding for one in kept if one.padding is not None]
     return ScoredPart(
         number=number,
         part=round_part(part, plan.encoding),
         columns=columns,
         skipped=tuple(sorted(skipped, key=lambda one: one.row)),
+        padding=sum(padding) if len(padding) == len(kept) else None,
         seconds=time.monotonic() - started,
     )
 
@@ -159,6 +165,7 @@ def note_of(plan: Plan, scored: ScoredPart, contents: dict[str, bytes]) -> DoneN
         files={kind: digest_contents(data) for kind, data in contents.items()},
         audit=_audit(plan, scored.part),
         skipped=scored.skipped,
+        padding=scored.padding,
         seconds=round(scored.seconds, 3),
     )
 
@@ -194,6 +201,7 @@ class _Scored:
     sampled_logprobs: Floats  # [positions]
     topk: TopK
     mean_entropy: float | None
+    padding: float | None  # added up over the positions
 
 
 def _audit(plan: Plan, part: Part) -> Statistic | None:
@@ -227,6 +235,7 @@ def _select(plan: Plan, rollout: Rollout, scores: RolloutScores) -> _Scored:
             coverage=encoding.coverage,
         ),
         mean_entropy=None if scores.entropies is None else float(scores.entropies.mean()) if positions else 0.0,
+        padding=None if scores.padding is None else float(scores.padding.sum(dtype=np.float64)),
     )
 
 

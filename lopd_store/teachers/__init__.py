@@ -32,6 +32,7 @@ class RolloutScores:
     candidates: Candidates  # k columns; with a reference policy the k of each
     entropies: npt.NDArray[np.float32] | None  # [positions], in nats, of the full distribution, where it is known
     reference_sampled_logprobs: npt.NDArray[np.float32] | None = None  # [positions], where there is a reference policy
+    padding: npt.NDArray[np.float32] | None = None  # [positions], mass on ids beyond `vocab_size`, where it is known
 
 
 class Teacher(Protocol):

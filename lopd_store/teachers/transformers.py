@@ -175,6 +175,7 @@ def score_logits(
         "sampled_logprobs": logprobs.gather(1, targets[:, None])[:, 0],
         # 0 * -inf is not a number, and a probability of 0 contributes nothing.
         "entropies": -logprobs.clamp(min=_NOTHING).mul_(mass).sum(dim=-1),
+        "padding": mass[:, vocab_size:].sum(dim=-1),
     }
     if reference_logits is None:
         columns |= {"logprobs": logprobs.gather(1, ids), "tail_logprobs": _tail(logprobs, mass, ids)}

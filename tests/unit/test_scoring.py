@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopd_store
+from lopd_store import layout
 from lopd_store.encoding import make_encoding
 from lopd_store.errors import DataError, UnavailableError
 from lopd_store.grid import Grid
@@ -148,6 +150,19 @@ def test_mass_on_ids_of_padding_goes_to_the_tail(padded_dir: Path) -> None:
         wanted = [tail(row, list(range(VOCAB_SIZE))) for row in dense.logprobs(one)]
         assert max(wanted, default=0) > -10 or not wanted, "the padding must have mass, or this shows nothing"
         np.testing.assert_allclose(found.candidates.tail_logprobs, wanted, atol=TOLERANCE)
+
+
+def test_mass_on_ids_of_padding_is_in_the_build_record(
+    padded_dir: Path, teacher_dir: Path, rollouts_path: Path, tmp_path: Path
+) -> None:
+    dense = DenseTeacher(padded_dir)
+    mass = np.concatenate([np.exp(dense.logprobs(one)[:, VOCAB_SIZE:]).sum(axis=1) for one in ROLLOUTS])
+    assert mass.mean() > 1e-3, "the padding must have mass, or this shows nothing"
+    for teacher, wanted in ((padded_dir, mass.mean()), (teacher_dir, 0)):
+        output = tmp_path / teacher.name
+        lopd_store.build(teacher=teacher, rollouts=rollouts_path, output=output, part_positions=PART_POSITIONS)
+        found = json.loads((output / layout.BUILD_RECORD).read_text())["padding"]
+        assert found == pytest.approx(wanted, rel=1e-3)
 
 
 def test_sampled_logprobs_are_over_the_whole_padded_head(padded_dir: Path) -> None:
