@@ -194,10 +194,7 @@ class RolloutsFile:
     def _lengths(self, column: str) -> npt.NDArray[np.int64]:
         import pyarrow.compute as pc
 
-        lengths = [
-            pc.list_value_length(batch.column(0)).fill_null(0).to_numpy(zero_copy_only=False)
-            for batch in self._file.iter_batches(columns=[column])
-        ]
+        lengths = [pc.list_value_length(table.column(0)).fill_null(0).to_numpy() for _, table in self.tables([column])]
         return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64)
 
     def decode(self, table: pa.Table, first_row: int, *, skip: Collection[int] = ()) -> list[Rollout]:

@@ -61,6 +61,27 @@ def test_any_range_of_rows_over_several_row_groups_is_read(tmp_path: Path) -> No
     assert file.response_lengths.tolist() == [len(response) for _, response in pairs]
 
 
+def test_lists_are_written_with_offsets_of_64_bits(tmp_path: Path) -> None:
+    schema = pq.read_schema(save_rollouts(tmp_path / "r.parquet", random_pairs([(2, 3)]), logprob=-1.0))
+    lists = ("prompt_ids", "response_ids", "loss_mask", "logprobs")
+    assert all(pa.types.is_large_list(schema.field(name).type) for name in lists)
+
+
+def test_lengths_are_read_a_thousand_rows_at_a_time_however_large_a_row_group_is(tmp_path: Path) -> None:
+    rows, length = 20 * ROWS_PER_GROUP, 200
+    offsets = np.arange(0, rows * length + 1, length, dtype=np.int32)
+    ids = pa.ListArray.from_arrays(offsets, np.zeros(rows * length, np.int32))
+    path = save_table(tmp_path, prompt_ids=ids, response_ids=ids)
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        lengths = RolloutsFile(path).response_lengths
+    finally:
+        pa.set_memory_pool(before)
+    assert lengths.tolist() == [length] * rows
+    assert 0 < pool.max_memory() < ids.nbytes / 2
+
+
 def test_only_the_ids_are_needed(tmp_path: Path) -> None:
     first, second = read_table(tmp_path)
     assert first.loss_mask.tolist() == [True] and second.loss_mask.tolist() == [True, True]
