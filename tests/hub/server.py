@@ -13,7 +13,8 @@ repository holds, `routes.py` is what each URL does, this one is the server arou
 """
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -43,6 +44,8 @@ class Slow:
     seconds: float
 
 
+PIECE = 256 << 10  # bytes that are sent or read at once
+BUFFERED_SECONDS = 0.05  # of a line's speed
 Fault = Answer | Cut | Garbled | Slow | None
 
 
@@ -57,6 +60,7 @@ class HubServer:
     page_size: int = 1000
     lfs_size: int = 1 << 20  # files this large are LFS; so is everything with an LFS suffix
     multipart_size: int = 8 << 20  # larger LFS files are uploaded in parts of this size
+    bytes_per_second: float | None = None  # of bodies, each way, over all connections; None: as fast as it goes
     fault: Callable[[str, str], Fault] | None = None  # (method, path) -> what happens instead
 
     sent: int = 0  # bytes of the bodies of all answers
@@ -68,6 +72,8 @@ class HubServer:
 
     def __enter__(self) -> "HubServer":
         self._lock = threading.RLock()
+        self._line = threading.Lock()
+        self._is_free = dict.fromkeys(("in", "out"), 0.0)  # when the line has carried all that it was given
         self._http = _HttpServer(self)
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
@@ -115,6 +121,16 @@ class HubServer:
         with self._lock:
             self.repo(repo_id, repo_type=repo_type).overwrite(path, data, revision=revision, honest=honest)
 
+    def pace(self, way: str, count: int) -> None:
+        """Wait until a line of this speed has carried so many bytes more."""
+        if self.bytes_per_second is not None:
+            with self._line:
+                now = time.monotonic()
+                begun = max(self._is_free[way], now - BUFFERED_SECONDS)  # it goes on while its ends are busy
+                self._is_free[way] = begun + count / self.bytes_per_second
+                seconds = self._is_free[way] - now
+            threading.Event().wait(seconds)  # a test may have made `time.sleep` do nothing
+
     def answer(self, request: Request) -> Answer:
         """Find the request's route, check who asks, and let the route answer."""
         with self._lock:
@@ -160,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         hub = self.server.hub
         path, _, query = self.path.partition("?")
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        body = b"".join(self._receive(int(self.headers["Content-Length"] or 0)))
         hub.requests.append((self.command, unquote(path)))
         fault = hub.fault(self.command, unquote(path)) if hub.fault else None
         if isinstance(fault, Cut) and fault.after is None:
@@ -183,7 +199,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             body = answer.body[: fault.after if isinstance(fault, Cut) else None]
             hub.sent += len(body)
-            self.wfile.write(bytes(byte ^ 1 for byte in body) if isinstance(fault, Garbled) else body)
+            for start in range(0, len(body), PIECE):
+                piece = body[start : start + PIECE]
+                hub.pace("out", len(piece))
+                self.wfile.write(bytes(byte ^ 1 for byte in piece) if isinstance(fault, Garbled) else piece)
+
+    def _receive(self, size: int) -> Iterator[bytes]:
+        for start in range(0, size, PIECE):
+            count = min(PIECE, size - start)
+            self.server.hub.pace("in", count)
+            yield self.rfile.read(count)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve  # noqa: N815 - http.server looks for these names
 

@@ -325,6 +325,16 @@ def test_a_file_overwritten_by_an_honest_hub_has_its_own_digest(hub: HubServer, 
     assert (part.size, part.lfs.sha256) == (5, hashlib.sha256(b"short").hexdigest())
 
 
+def test_a_line_may_have_a_speed(hub: HubServer, api: HfApi, folder: Path) -> None:
+    hub.bytes_per_second = len(PART) / 0.5
+    started = time.monotonic()
+    api.create_repo(REPO, repo_type="dataset")
+    api.upload_folder(repo_id=REPO, repo_type="dataset", folder_path=folder)
+    uploaded = time.monotonic()
+    hf_hub_download(REPO, "parts/00000.topk.zarr.zip", repo_type="dataset")
+    assert uploaded - started > 0.4 and time.monotonic() - uploaded > 0.4
+
+
 def test_a_planted_path_is_listed_as_it_is(hub: HubServer, api: HfApi, pushed: str) -> None:
     hub.overwrite(REPO, "../evil.txt", b"evil")
     assert "../evil.txt" in api.list_repo_files(REPO, repo_type="dataset")
