@@ -20,13 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lopd_store import layout, strictjson
+from lopd_store import layout, plots, strictjson
 from lopd_store.card import render_card
 from lopd_store.digest import digest_bytes
 from lopd_store.durable import remove_unfinished, sync_directory, write_durably
 from lopd_store.errors import DataError, InputError, LopdError, UnavailableError
 from lopd_store.manifest import Manifest, render, total
 from lopd_store.noise import Noise
+from lopd_store.part import read_part
 from lopd_store.plan import Plan, differences
 from lopd_store.scoring import DONE, DoneNote, is_done, read_note
 from lopd_store.statistic import SftAudit, add_up
@@ -231,7 +232,11 @@ def write_seal(plan: Plan, building: Path, *, workers: int | None) -> bytes:
         "versions": plan.versions,
     }
     write_durably(building / layout.BUILD_RECORD, strictjson.pretty(happened))
-    write_durably(building / layout.CARD, render_card(manifest, digest_bytes(data)).encode())
+    images = _plots(building, manifest)
+    for name, image in images.items():
+        (building / name).parent.mkdir(exist_ok=True)
+        write_durably(building / name, image)
+    write_durably(building / layout.CARD, render_card(manifest, digest_bytes(data), plots=list(images)).encode())
     write_durably(building / layout.MANIFEST, data)
     return data
 
@@ -241,6 +246,15 @@ def _mean_padding(notes: Sequence[DoneNote]) -> float | None:
     positions, sums = sum(note.counts.positions for note in notes), [note.padding for note in notes]
     known = [one for one in sums if one is not None]
     return sum(known) / positions if positions and len(known) == len(sums) else None
+
+
+def _plots(building: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Plots of the first part, which is not here any more where an artifact is built into object storage."""
+    tokens, topk = (building / layout.part_file(0, kind) for kind in (layout.TOKENS, layout.TOPK))
+    if not (tokens.is_file() and topk.is_file()):
+        return {}
+    encoding, counts = manifest.encoding, manifest.parts[0].counts
+    return plots.draw(read_part(tokens.read_bytes(), topk.read_bytes(), encoding, counts, where=layout.part_name(0)))
 
 
 def read_sft_audit(building: Path, plan: Plan) -> SftAudit | None:
@@ -275,7 +289,8 @@ def checked_note(building: Path, number: int, plan: Plan) -> DoneNote:
 
 def remove(building: Path) -> None:
     """Remove a build in progress that nobody needs any more; files of others stay."""
-    shutil.rmtree(building / layout.PARTS, ignore_errors=True)
+    for name in (layout.PARTS, layout.PLOTS):
+        shutil.rmtree(building / name, ignore_errors=True)
     for name in (layout.MANIFEST, layout.CARD, layout.BUILD_RECORD):
         (building / name).unlink(missing_ok=True)
     _remove_tools(building)

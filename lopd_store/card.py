@@ -7,14 +7,14 @@ stays when the card is made again.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from lopd_store import gate
+from lopd_store import gate, layout
 from lopd_store.hub import tag_of
 from lopd_store.identity import ModelIdentity
 from lopd_store.license import UNKNOWN_LICENSE
@@ -24,13 +24,18 @@ UNNAMED = "OWNER/NAME"  # stands in the card for the repository until a push kno
 _BEGIN = "<!-- lopd writes what follows, up to the end; write above or below it -->"
 _END = "<!-- end of what lopd writes -->"
 _TAG = "lopd"
+_PLOTS = (  # what each shows, for who cannot see it
+    "Share of positions by the number of stored entries, and the mean mass that these hold",
+    "Positions by the log-prob of their token under teacher minus reference policy",
+    "Rollouts by the number of their response tokens",
+)
 _METADATA = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
-def render_card(manifest: Manifest, fingerprint: str) -> str:
-    """The card's text; it says nothing that the manifest does not."""
+def render_card(manifest: Manifest, fingerprint: str, *, plots: Sequence[str] = ()) -> str:
+    """The card's text; it says nothing that the manifest does not, and shows the plots that lie beside it."""
     verdict = gate.judge(manifest.inputs)
     sizes = [file.size for part in manifest.parts for file in part.files.values()]
     text = _template().render(
@@ -39,6 +44,7 @@ def render_card(manifest: Manifest, fingerprint: str) -> str:
         counts=manifest.counts,
         counts_of=manifest.counts_of,
         fingerprint=fingerprint,
+        plots=[(name, words) for name, words in zip(layout.ALL_PLOTS, _PLOTS, strict=True) if name in plots],
         tag=tag_of(fingerprint),
         repository=UNNAMED,
         state=verdict.state,

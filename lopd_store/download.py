@@ -31,7 +31,7 @@ from lopd_store.verifier import OnBytes, verify
 from lopd_store.view import View
 
 _WORKERS = 8
-_MAX_SMALL_BYTES = 16 << 20  # of a card, a build record, or signatures
+_MAX_SMALL_BYTES = 16 << 20  # of a card or a plot, a build record, or signatures
 _CLIENT_NOTES = ".cache"  # where the client of the Hub keeps what it knows of a download in progress
 _SOURCE = f"{_CLIENT_NOTES}/lopd-source"
 
@@ -101,7 +101,7 @@ def _downloads(
     listed = source.listing()
     for found in check_listing(manifest, view, listed):
         raise found.to_error()
-    small = [name for name in (layout.BUILD_RECORD, layout.CARD) if name in listed]
+    small = [name for name in (layout.BUILD_RECORD, layout.CARD, *layout.ALL_PLOTS) if name in listed]
     for name in small:
         if listed[name].size > _MAX_SMALL_BYTES:
             raise ArtifactError(f"`{name}` is too large", expected=f"at most {_MAX_SMALL_BYTES} bytes")

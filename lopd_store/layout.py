@@ -1,6 +1,6 @@
 """Where things are in an artifact, and which paths a manifest may name.
 
-NAME/manifest.json  build.json  README.md  parts/00000.rollouts.parquet  parts/00000.tokens.zarr.zip  …
+NAME/manifest.json  build.json  README.md  plots/topk.png  parts/00000.rollouts.parquet  parts/00000.tokens.zarr.zip  …
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ CARD = "README.md"
 VIEW = "view.json"
 SIGNATURES = "signatures.json"
 PARTS = "parts"
+PLOTS = "plots"
+ALL_PLOTS = tuple(f"{PLOTS}/{name}.png" for name in ("topk", "advantage", "responses"))
 BUILDING_SUFFIX = ".building"
 PULLING_SUFFIX = ".pulling"
 
@@ -36,6 +38,13 @@ def part_name(part: int) -> str:
 def part_file(part: int, kind: str) -> str:
     """The relative path of one file of a part, `parts/00003.topk.zarr.zip`."""
     return f"{part_name(part)}.{_SUFFIXES[kind]}"
+
+
+def documents(directory: Path) -> list[str]:
+    """The files beside manifest and parts that are there: the build record, the card with its plots, signatures."""
+    plots = () if (directory / PLOTS).is_symlink() else ALL_PLOTS
+    names = (BUILD_RECORD, CARD, *plots, SIGNATURES)
+    return [name for name in names if (directory / name).is_file() and not (directory / name).is_symlink()]
 
 
 def no_artifact(path: Path) -> InputError:

@@ -47,9 +47,9 @@ def subset(
             if not (artifact.path / name).is_file():
                 raise ArtifactError(f"`{name}` is missing", hint=f"lopd-store verify {artifact.path}")
             link_or_copy(artifact.path / name, copying / name)
-        for name in (layout.MANIFEST, layout.BUILD_RECORD, layout.CARD, layout.SIGNATURES):
-            if (artifact.path / name).is_file() and not (artifact.path / name).is_symlink():
-                shutil.copyfile(artifact.path / name, copying / name)
+        for name in (layout.MANIFEST, *layout.documents(artifact.path)):
+            (copying / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(artifact.path / name, copying / name)
         if not chosen.is_whole(artifact.manifest):
             write_view(copying, chosen, artifact.fingerprint)
         verify(copying, on_bytes=on_bytes).require_ok()

@@ -127,7 +127,8 @@ def _send(branch: _Branch, artifact: Artifact, on_bytes: OnBytes | None, on_uplo
     parts = _upload_parts(branch, artifact, missing, on_bytes, on_upload)
     documents = _documents(artifact, head, there)
     changed = {path: data for path, data in documents.items() if not _is_there(there.get(path), data)}
-    of_another = {layout.BUILD_RECORD, layout.SIGNATURES} - documents.keys() if layout.MANIFEST in changed else set()
+    beside = {layout.BUILD_RECORD, layout.SIGNATURES, *layout.ALL_PLOTS} - documents.keys()
+    of_another = beside if layout.MANIFEST in changed else set()
     stale = sorted(
         path for path in there if path in of_another or (path.startswith(f"{layout.PARTS}/") and path not in wanted)
     )
@@ -189,10 +190,10 @@ def _upload_parts(
 
 def _documents(artifact: Artifact, head: HubSource, there: Mapping[str, Listed]) -> dict[str, bytes]:
     """The files beside the parts: as they are here, but for the card, which people may have edited here or there."""
-    files = {name: artifact.path / name for name in (layout.BUILD_RECORD, layout.SIGNATURES)}
-    documents = {name: path.read_bytes() for name, path in files.items() if path.is_file() and not path.is_symlink()}
-    generated, card = render_card(artifact.manifest, artifact.fingerprint), artifact.path / layout.CARD
-    edited = card.read_text(encoding="utf-8") if card.is_file() and not card.is_symlink() else generated
+    names = layout.documents(artifact.path)
+    documents = {name: (artifact.path / name).read_bytes() for name in names if name != layout.CARD}
+    generated = render_card(artifact.manifest, artifact.fingerprint, plots=names)
+    edited = (artifact.path / layout.CARD).read_text(encoding="utf-8") if layout.CARD in names else generated
     if merge_card(generated, edited) == generated and layout.CARD in there:  # nobody wrote into it here
         found = head.read(layout.CARD, _MAX_CARD_BYTES) or b""
         edited = found.decode(errors="replace")

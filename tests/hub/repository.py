@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
-LFS_SUFFIXES = (".bin", ".parquet", ".safetensors", ".zip")
+LFS_SUFFIXES = (".bin", ".parquet", ".png", ".safetensors", ".zip")
 FIRST_COMMIT = datetime(2026, 1, 1, tzinfo=UTC)
 
 

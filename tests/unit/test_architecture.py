@@ -20,7 +20,10 @@ LAYERS = [
     ("remote", ["hub", "cache", "sources"]),
     ("models", ["models", "license", "weights", "identity", "provenance"]),
     ("values", ["grid", "topk", "encoding", "statistic", "manifest", "gate", "view"]),
-    ("files", ["signatures", "container", "table", "part", "checks", "rollouts", "prompts", "listing", "card"]),
+    (
+        "files",
+        ["signatures", "container", "table", "part", "plots", "checks", "rollouts", "prompts", "listing", "card"],
+    ),
     ("making", [*ENGINES, "noise", "sampler", "audit", "differences"]),
     ("scoring", ["survey", "plan", "scoring", "building", "remote", "handout", "cluster", "workers"]),
     ("records", ["lineage", "declare"]),
@@ -88,7 +91,9 @@ def test_a_module_of_the_store_imports_only_what_stands_before_it(module: str) -
     assert imported - allowed == set()
 
 
-@pytest.mark.parametrize("heavy", ["torch", "transformers", "typer", "huggingface_hub", "vllm", "ray", "cryptography"])
+@pytest.mark.parametrize(
+    "heavy", ["torch", "transformers", "typer", "huggingface_hub", "vllm", "ray", "cryptography", "matplotlib"]
+)
 def test_only_what_runs_models_or_the_hub_imports_heavy_libraries_at_its_top(heavy: str) -> None:
     runs_models = {"sampler", "teachers.transformers"}
     importing = set()
@@ -110,6 +115,7 @@ def test_importing_the_store_loads_no_heavy_library() -> None:
         "vllm",
         "rich",
         "cryptography",
+        "matplotlib",
         "lopd_train",
         "lopd_cli",
     ]
