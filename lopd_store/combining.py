@@ -16,9 +16,7 @@ from typing import NoReturn
 
 from lopd_store import layout, reader, sources, strictjson
 from lopd_store import manifest as manifests
-from lopd_store.building import SKIPPED
-from lopd_store.card import render_card
-from lopd_store.digest import digest_bytes
+from lopd_store.building import SKIPPED, write_card
 from lopd_store.durable import becoming, link_or_copy, write_durably
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.identity import TOKENIZER_FIELDS
@@ -54,7 +52,7 @@ def combine(
         (combining / layout.PARTS).mkdir(parents=True)
         _link_parts(opened, combining)
         write_durably(combining / layout.BUILD_RECORD, strictjson.pretty(_happened(opened)))
-        write_durably(combining / layout.CARD, render_card(manifest, digest_bytes(data)).encode())
+        write_card(combining, manifest, data)
         write_durably(combining / layout.MANIFEST, data)
         if not verify(combining, on_bytes=on_bytes).ok:
             _refuse(opened, combining)
