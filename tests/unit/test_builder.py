@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import lopd_store
@@ -17,7 +18,7 @@ from lopd_store.digest import digest_contents, digest_file, digest_json
 from lopd_store.errors import ArtifactError, ConsistencyError, DataError, InputError
 from lopd_store.handout import Progress
 from lopd_store.identity import ModelIdentity, identify
-from lopd_store.models import PROVENANCE_FILE
+from lopd_store.models import PROVENANCE_FILE, find, load_tokenizer
 from lopd_store.provenance import UNKNOWN_SFT, CheckpointRecord, RolloutsRecord
 from lopd_store.reader import Artifact
 from lopd_store.rollouts import RolloutsFile
@@ -25,6 +26,7 @@ from tests.artifacts import random_pairs, read_first_part, save_rollouts
 from tests.records import CHECKPOINT, ROLLOUTS, SFT, policy
 from tests.tiny import save_tiny_model, swap_ids
 from tests.unit.conftest import LENGTHS, PART_POSITIONS
+from tests.unit.dense import DenseTeacher
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,33 @@ def test_tokens_and_reference_logprobs_are_those_of_the_rollouts(rollouts_path: 
         assert found.reference_logprobs is not None and (found.reference_logprobs == -1.5).all()
 
 
+def test_ids_are_stored_as_sampled_where_their_text_would_be_tokenised_otherwise(
+    student_dir: Path, rollouts_file: Path, unknown: Path
+) -> None:
+    tokenizer, artifact = load_tokenizer(find(student_dir)), lopd_store.open(unknown)
+    sampled = RolloutsFile(rollouts_file).read()
+    again = [tokenizer(one.response, add_special_tokens=False).input_ids for one in sampled]
+    assert any(ids != one.response_ids.tolist() for ids, one in zip(again, sampled, strict=True))
+    for index, one in enumerate(sampled):
+        assert artifact.rollout(index).response_ids.tolist() == one.response_ids.tolist()
+
+
+def test_a_stop_token_is_stored_and_scored_and_nothing_is_added_where_there_is_none(
+    teacher_dir: Path, rollouts_file: Path, unknown: Path
+) -> None:
+    artifact, dense = lopd_store.open(unknown), DenseTeacher(teacher_dir)
+    stop = load_tokenizer(find(teacher_dir)).eos_token_id
+    sampled = RolloutsFile(rollouts_file).read()
+    reasons = pq.read_table(unknown / layout.part_file(0, layout.ROLLOUTS)).column("finish_reason").to_pylist()
+    assert reasons == [one.finish_reason for one in sampled] and set(reasons) == {"stop", "length"}
+    for index, (one, reason) in enumerate(zip(sampled, reasons, strict=True)):
+        stored = artifact.rollout(index)
+        assert (stored.response_ids[-1] == stop) == (reason == "stop")
+        assert len(stored.loss_mask) == len(stored.response_ids) == len(one.response_ids)
+        wanted = dense.logprobs(one)[-1, stored.response_ids[-1]]
+        assert stored.sampled_logprobs[-1] == pytest.approx(wanted, abs=0.01)
+
+
 def test_loss_masks_are_kept_as_they_are(teacher_dir: Path, tmp_path: Path) -> None:
     from lopd_store.rollouts import write_rollouts
 
@@ -262,8 +291,6 @@ def test_responses_of_nothing_at_all_make_an_artifact(teacher_dir: Path, tmp_pat
 
 
 def test_the_rollouts_table_speaks_of_every_rollout(sealed: Path) -> None:
-    import pyarrow.parquet as pq
-
     table = pq.read_table(sealed / layout.part_file(0, layout.ROLLOUTS)).to_pylist()
     assert [(row["prompt_length"], row["response_length"]) for row in table] == LENGTHS[:2]
     part = read_first_part(sealed)

@@ -126,6 +126,27 @@ def test_reverse_kl_of_what_is_stored_is_a_lower_bound_of_that_over_the_whole_vo
     assert stored[-1].item() == pytest.approx(whole[-1])  # there all of the vocabulary is stored
 
 
+@DIVERGENCES
+def test_a_student_that_has_left_the_stored_tokens_is_far_away_and_pulled_back(
+    loss: Callable[[Categories, Categories], Tensor], dense: Callable[[Floats, Floats], float]
+) -> None:
+    teacher, away = logits(18), logits(18)
+    for row, ids in enumerate(STORED[:-1]):
+        teacher[row, ids] += 6
+        away[row, ids] -= 6
+    student, stored = leaf(away), categories(torch.from_numpy(teacher))
+    there = categories(student)
+    alone = torch.zeros(POSITIONS, dtype=torch.float64).index_add(
+        0, there.positions, there.logprobs.exp() * (there.logprobs - stored.logprobs)
+    )
+    assert bool((alone[:-1] < 0).all())  # reverse KL of the stored tokens alone: clamped, it would say nothing
+    values = loss(there, stored)
+    (gradient,) = torch.autograd.grad(values.sum(), student)
+    assert bool((values[:-1] > 0.05).all())
+    for row, ids in enumerate(STORED[:-1]):
+        assert float(gradient[row, ids].sum()) < -1e-5  # a step downhill gives the stored tokens more
+
+
 def test_the_divergence_of_jensen_and_shannon_leads_from_forward_to_reverse_kl() -> None:
     student, teacher = (categories(torch.from_numpy(logits(seed))) for seed in (5, 6))
     tiny = 1e-6

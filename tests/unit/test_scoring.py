@@ -178,7 +178,10 @@ def test_sampled_logprobs_are_over_the_whole_padded_head(padded_dir: Path) -> No
 @pytest.fixture(scope="module")
 def counting_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that gives token t + 1 a logit of 15 after token t, and every other token 0."""
-    directory = tmp_path_factory.mktemp("models") / "counting"
+    return save_counting_model(tmp_path_factory.mktemp("models") / "counting", logit=15)
+
+
+def save_counting_model(directory: Path, *, logit: float) -> Path:
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=VOCAB_SIZE,
@@ -194,7 +197,7 @@ def counting_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             parameter.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(VOCAB_SIZE))
-        model.model.norm.weight.fill_(15 / VOCAB_SIZE**0.5)  # the norm of a one-hot row is the square root of its width
+        model.model.norm.weight.fill_(logit / VOCAB_SIZE**0.5)  # a one-hot row has the square root of its width as norm
         model.lm_head.weight.copy_(torch.eye(VOCAB_SIZE).roll(1, dims=0))
     model.save_pretrained(directory)
     tiny_tokenizer(VOCAB_SIZE).save_pretrained(directory)
@@ -226,6 +229,45 @@ def test_row_j_is_the_distribution_of_response_token_j(
 def test_the_first_row_sees_the_last_prompt_token(counting_dir: Path) -> None:
     (found,) = score(counting_dir, [rollout([9, 10, 77], [11])], k=1)
     assert found.candidates.ids.tolist() == [[78]]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_teacher_that_is_certain_is_stored_as_certain(tmp_path: Path, exact: bool) -> None:
+    teacher = save_counting_model(tmp_path / "certain", logit=200)
+    rollouts = save_rollouts(tmp_path / "r.parquet", [([9, 10], [11, 12, 50, 51])], logprob=0.0)
+    artifact = lopd_store.build(teacher=teacher, rollouts=rollouts, output=tmp_path / "a", exact=exact)
+    stored = artifact.rollout(0)
+    assert stored.sampled_logprobs.tolist()[:2] == [0, 0] == stored.sampled_logprobs.tolist()[3:] * 2
+    assert stored.sampled_logprobs[2] == pytest.approx(-200, abs=0.5)
+    assert stored.reference_logprobs is not None and stored.reference_logprobs.tolist() == [0] * 4
+    assert stored.topk is not None
+    assert stored.topk.ids.tolist() == [11, 12, 13, 51] and stored.topk.logprobs.tolist() == [0] * 4
+    np.testing.assert_allclose(stored.topk.tail_logprobs, np.log(VOCAB_SIZE - 1) - 200, atol=0.5)
+    assert lopd_store.verify(artifact.path).ok
+
+
+# bfloat16
+
+
+def test_logits_that_tie_in_bfloat16_make_entries_in_order_and_no_id_twice(teacher_dir: Path, tmp_path: Path) -> None:
+    rollouts = save_rollouts(tmp_path / "r.parquet", random_pairs([(3, 40), (5, 30)]))
+    artifact = lopd_store.build(
+        teacher=teacher_dir,
+        rollouts=rollouts,
+        output=tmp_path / "a",
+        dtype="bfloat16",
+        exact=True,
+        k_max=40,
+        coverage=1,
+    )
+    topk = artifact.part(0).topk
+    assert topk is not None and set(topk.counts.tolist()) == {40}
+    ids, logprobs = topk.ids.reshape(-1, 40).astype(np.int64), topk.logprobs.reshape(-1, 40)
+    ties = logprobs[:, 1:] == logprobs[:, :-1]
+    assert ties.any(axis=1).mean() > 0.9, "most positions must have ties, or this shows nothing"
+    assert ((logprobs[:, 1:] < logprobs[:, :-1]) | (ties & (ids[:, 1:] > ids[:, :-1]))).all()
+    assert all(len(set(row)) == 40 for row in ids.tolist())
+    assert lopd_store.verify(artifact.path).ok
 
 
 # Numbers of single positions

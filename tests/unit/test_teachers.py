@@ -287,6 +287,15 @@ def test_rollouts_are_asked_for_side_by_side_and_come_in_order(serve: Any, teach
     assert 1 <= script.most_at_once <= AT_ONCE
 
 
+@pytest.mark.parametrize("count", [3, 5])  # the first position left out, and one more for what was generated
+def test_an_answer_with_another_number_of_rows_is_refused(serve: Any, teacher_dir: Path, count: int) -> None:
+    rows: list[Any] = [{str(token): {"logprob": -1.0} for token in range(7, 20)}] * count
+    script = serve((200, MODELS), (200, {"choices": [{"prompt_logprobs": rows}]}))
+    teacher = HttpTeacher(str(teacher_dir), script.url, vocab_size=300, dtype="float32")
+    with pytest.raises(DataError, match="gave no log-probs of the prompt"):
+        list(teacher.score([rollout([7, 8], [9, 10])], 5))
+
+
 def test_an_answer_without_log_probs_is_refused(serve: Any, teacher_dir: Path) -> None:
     script = serve((200, MODELS), (200, {"choices": [{"text": "hello"}]}))
     teacher = HttpTeacher(str(teacher_dir), script.url, vocab_size=300, dtype="float32")
