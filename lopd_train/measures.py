@@ -5,6 +5,7 @@
                             sampled tokens
     entropy                 of the student; falls to 0 where it collapses
     coverage                share of the student's mass that lies on the stored tokens
+    teacher_coverage        share of the teacher's, which a temperature takes for all of it
     drift                   estimate of KL(r || q), nats per token, of the reference policy r that sampled the rollouts
     effective_sample_size   share of the rollouts that counts, under the ratios q / r or the weights in use
 
@@ -46,8 +47,10 @@ def measure(
         sums["advantage"] = gaps.sum()
         sums["reverse_kl"] = -(gaps if ratios is None else ratios * gaps).sum()
     if predicted.topk is not None and piece.topk is not None:
-        sums["reverse_kl"] = losses.reverse_kl(predicted.topk, teacher_of(piece.topk)).sum()
+        stored = teacher_of(piece.topk)
+        sums["reverse_kl"] = losses.reverse_kl(predicted.topk, stored).sum()
         sums["coverage"] = -predicted.topk.tail.expm1().sum()
+        sums["teacher_coverage"] = -stored.tail.expm1().sum()
     counted = ratios if weights is None else weights
     if counted is not None:
         sums |= {"weight": counted.sum(), "weight_squared": (counted * counted).sum()}

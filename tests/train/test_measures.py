@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,13 @@ def test_a_student_that_is_the_teacher_is_covered_and_far_from_the_rollouts_of_a
     assert 0 <= metrics["reverse_kl"] < 1e-3
     assert metrics["coverage"] > 0.98  # what the artifact was built to cover
     assert (measures.gauge(metrics) or "").startswith("far from its rollouts: new ones are worth their price")
+
+
+def test_what_a_temperature_loses_of_the_teacher_is_measured(reference: Path, artifact: Path) -> None:
+    tails = [item.topk.tail_logprobs for item in records_of(artifact) if item.topk is not None]
+    kept = -np.expm1(np.concatenate(tails).astype(np.float64)).mean()
+    assert kept < 0.999
+    assert measured(reference, artifact)["teacher_coverage"] == pytest.approx(kept, abs=1e-3)
 
 
 def test_a_token_that_a_model_rules_out_leaves_every_metric_a_number(reference: Path, artifact: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_metrics_have_a_line_per_step_and_per_evaluation(opd: RunResult) -> 
     assert all(set(line) == {"step", "tokens", "learning_rate"} | watched for line in steps)
     assert [line["step"] for line in lines if "eval_reverse_kl" in line] == [0, 2, 4, 6]
     assert opd.steps == 6
-    of_evaluation = (watched | {"tokens", "coverage"}) - {"loss", "grad_norm"}
+    of_evaluation = (watched | {"tokens", "coverage", "teacher_coverage"}) - {"loss", "grad_norm"}
     assert opd.first_eval == {name: lines[0][f"eval_{name}"] for name in of_evaluation}
     assert opd.last_eval == {name: lines[-1][f"eval_{name}"] for name in of_evaluation}
 
