@@ -29,7 +29,7 @@ def to_dataset(artifact: Artifact | str | Path) -> IterableDataset:
     lacks the last two and the tail. Log-probs are natural logs.
     """
     try:
-        from datasets import Features, IterableDataset, List, Value
+        from datasets import Features, IterableDataset, LargeList, List, Value
     except ImportError as error:
         raise InputError("the package `datasets` is not installed", hint='pip install "lopd[datasets]"') from error
     opened = artifact if isinstance(artifact, Artifact) else open(artifact)
@@ -38,7 +38,9 @@ def to_dataset(artifact: Artifact | str | Path) -> IterableDataset:
     if opened.manifest.reference_logprobs:
         columns["reference_logprobs"] = logprobs
     if opened.view.has_topk:
-        columns |= {"topk_ids": List(ids), "topk_logprobs": List(logprobs), "tail_logprobs": logprobs}
+        # A batch of long rollouts has more entries than offsets of 32 bits can count.
+        topk = {"topk_ids": List(LargeList(Value("uint32"))), "topk_logprobs": List(LargeList(Value("float32")))}
+        columns |= {**topk, "tail_logprobs": logprobs}
     found: IterableDataset = IterableDataset.from_generator(
         _rows, features=Features(columns), gen_kwargs={"place": opened.place, "parts": list(opened.view.parts)}
     )

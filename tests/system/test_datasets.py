@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import lopd_store
@@ -37,6 +38,12 @@ def test_every_rollout_is_a_row_with_ragged_columns(sealed: Path) -> None:
         np.testing.assert_array_equal(np.concatenate([[], *row["topk_ids"]]), rollout.topk.ids)
         np.testing.assert_array_equal(np.float32(np.concatenate([[], *row["topk_logprobs"]])), rollout.topk.logprobs)
         np.testing.assert_array_equal(row["tail_logprobs"], rollout.topk.tail_logprobs)
+
+
+def test_entries_of_a_batch_are_counted_in_64_bits(sealed: Path) -> None:
+    batch = next(iter(lopd_store.to_dataset(sealed).with_format("arrow").iter(batch_size=4)))
+    for name, kind in (("topk_ids", pa.uint32()), ("topk_logprobs", pa.float32())):
+        assert batch.schema.field(name).type.value_type == pa.large_list(kind)
 
 
 def test_a_copy_without_top_k_has_no_columns_for_it(sealed: Path, tmp_path: Path) -> None:
