@@ -119,7 +119,7 @@ def _export(
     for note in exported.notes:
         console.warn(note)
     if exported.left_out:
-        console.note(f"note: {exported.left_out:,} rollouts were left out")
+        console.note(f"note: rollouts left out: {exported.left_out:,}")
     if json:
         console.answer(exported.to_json())
         return

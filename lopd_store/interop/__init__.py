@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -97,7 +98,7 @@ def export(
     with becoming(output) as unfinished:
         written = _write(opened, target, unfinished, record, on_positions)
         size = sum(file.stat().st_size for file in [unfinished, *unfinished.rglob("*")] if file.is_file())
-    zeros = f"{written.with_zeros:,} rollouts have a loss mask with zeros: {target.zeros}"
+    zeros = f"{target.zeros}, and {written.with_zeros:,} of {written.rollouts:,} rollouts have zeros in theirs"
     return Exported(
         output=output,
         rollouts=written.rollouts,
@@ -157,20 +158,17 @@ def _write(
             (place / name).write_bytes(data)
     with pq.ParquetWriter(place if target.files is None else place / DATA, schema, compression="zstd") as writer:
         for batch in _batches(artifact, _BYTES_AT_ONCE // target.bytes_per_token):
-            keep = _counts_in_the_loss(batch)
+            keep = _per_rollout(batch.loss_mask, batch) > 0
             if target.keep is not None:
                 keep &= target.keep(batch, first)
-            kept = [batch.slice(start, stop) for start, stop in _runs(keep)]
+            kept = [target.columns(batch.slice(start, stop)) for start, stop in _runs(keep)]
             if kept:
-                tables = [pa.Table.from_arrays(target.columns(part), schema=schema) for part in kept]
-                writer.write_table(pa.concat_tables(tables))
-            for part in kept:
-                written.rollouts += len(part.prompt_lengths)
-                written.positions += len(part.loss_mask)
-                zeros = np.add.reduceat(~part.loss_mask, part.position_offsets[:-1], dtype=np.int64)
-                written.with_zeros += int(np.count_nonzero(zeros))
+                writer.write_table(pa.concat_tables([pa.Table.from_arrays(columns, schema=schema) for columns in kept]))
+            written.rollouts += int(keep.sum())
+            written.positions += int(np.diff(batch.position_offsets)[keep].sum())
+            written.left_out += int((~keep).sum())
+            written.with_zeros += int(np.count_nonzero(_per_rollout(~batch.loss_mask, batch)[keep]))
             first, done = first + len(keep), done + len(batch.loss_mask)
-            written.left_out += len(keep) - int(keep.sum())
             if on_positions is not None:
                 on_positions(done, total)
     if not written.rollouts:
@@ -188,11 +186,11 @@ def _batches(artifact: Artifact, tokens: int) -> Iterator[Part]:
             start = stop
 
 
-def _counts_in_the_loss(part: Part) -> Keep:
-    """Whether a rollout has a position that the loss mask includes; [rollouts]."""
-    counts = np.zeros(len(part.loss_mask) + 1, np.int64)
-    np.cumsum(part.loss_mask, out=counts[1:])
-    return np.diff(counts[part.position_offsets]) > 0
+def _per_rollout(flags: Keep, part: Part) -> npt.NDArray[np.int64]:
+    """How many positions of each rollout are true; [rollouts]."""
+    counts = np.zeros(len(flags) + 1, np.int64)
+    np.cumsum(flags, out=counts[1:])
+    return np.diff(counts[part.position_offsets])
 
 
 def _runs(keep: Keep) -> Iterator[tuple[int, int]]:

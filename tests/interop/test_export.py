@@ -180,7 +180,7 @@ class TestCommand:
     def test_it_answers_in_words_and_in_json(self, mixed: Path, student_dir: Path, tmp_path: Path) -> None:
         ran = run_command("lopd-store", "export", "trl", mixed, "--output", tmp_path / "a.parquet")
         assert ran.code == 0 and f"{len(KEPT)} rollouts, " in ran.stdout and "; consistent, sha256:" in ran.stdout
-        assert ran.stderr == "note: 2 rollouts were left out\n"
+        assert ran.stderr == "note: rollouts left out: 2\n"
         ran = run_command("lopd-store", "export", "trl", mixed, "--output", tmp_path / "b.parquet", "--json")
         assert ran.json["rollouts"] == len(KEPT) and ran.json["record"]["verdict"] == "consistent"
 

@@ -71,8 +71,8 @@ def test_it_can_be_left_out_and_zeros_in_a_mask_are_warned_about(torn: Path, tea
     command = ("export", "lightning-opd", torn, "--tokenizer", teacher_dir, "--output", tmp_path / "rows.parquet")
     ran = run_command("lopd-store", *command, "--on-bad-rollout", "skip")
     assert ran.code == 0
-    assert "warning: 1 rollouts have a loss mask with zeros: slime takes the sum of a loss mask" in ran.stderr
-    assert "note: 1 rollouts were left out" in ran.stderr
+    assert ", and 1 of 2 rollouts have zeros in theirs" in ran.stderr
+    assert "note: rollouts left out: 1\n" in ran.stderr
     masks = [row["metadata"]["loss_mask"] for row in pq.read_table(tmp_path / "rows.parquet").to_pylist()]
     assert masks == [[1, 1, 1], [1, 0, 1]]
 
