@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-system lint format types vectors bench-audit bench-build bench-format bench-hub bench-identity bench-train clean
+.PHONY: demo test test-system lint format types vectors bench-audit bench-build bench-format bench-hub bench-identity bench-peers bench-train clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -39,6 +39,10 @@ bench-audit: .venv/installed
 
 bench-train: .venv/installed
 	$(BIN)/python benchmarks/train.py
+
+# `make bench-peers DISTILLKIT=path/to/DistillKit PEER_PYTHON=path/to/python`: one that has what DistillKit wants.
+bench-peers: .venv/installed
+	$(BIN)/python benchmarks/peers.py --distillkit $(DISTILLKIT) --python $(PEER_PYTHON)
 
 bench-identity: .venv/installed
 	$(BIN)/python benchmarks/identity.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -39,6 +40,7 @@ class Steps:
     seconds: float  # median of a step
     positions: int  # that count in the loss
     outside: float  # share of the time between the first step and the last that passed outside of steps
+    loss: float = math.nan  # of the first step
 
 
 def make_materials(directory: Path, config: TrainConfig, *, tiny: bool) -> Materials:
@@ -101,7 +103,9 @@ def ours(method: str, objective: Loss, materials: Materials) -> Steps:
     seconds = [line["tokens"] / line["tokens_per_second"] for line in lines]
     between = begun[len(seconds) - 1] - begun[1]
     outside = max(0.0, 1 - sum(seconds[1:-1]) / between)
-    return Steps(seconds=statistics.median(seconds[1:]), positions=lines[0]["tokens"], outside=outside)
+    return Steps(
+        seconds=statistics.median(seconds[1:]), positions=lines[0]["tokens"], outside=outside, loss=lines[0]["loss"]
+    )
 
 
 def bare(materials: Materials) -> Steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,5 +75,18 @@ def test_the_benchmark_of_the_build_fills_its_table(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert ran.returncode == 0, ran.stderr
     for measured in ("bare forward pass", "after the teacher", "peak memory, engine", "scores of", "two workers"):
+        assert measured in ran.stdout
+    assert not results.exists()
+
+
+@pytest.mark.system
+@pytest.mark.skipif("PEER_PYTHON" not in os.environ, reason="PEER_PYTHON and DISTILLKIT name no peer")
+def test_the_benchmark_of_the_peers_fills_its_tables(tmp_path: Path) -> None:
+    results = tmp_path / "RESULTS.md"
+    peer = ["--distillkit", os.environ["DISTILLKIT"], "--python", os.environ["PEER_PYTHON"]]
+    command = [sys.executable, str(BENCHMARKS / "peers.py"), *peer, "--small", "--results", str(results)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for measured in ("tokens/s beside DistillKit", "peak memory beside", "difference of the first losses"):
         assert measured in ran.stdout
     assert not results.exists()
