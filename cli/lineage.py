@@ -33,7 +33,8 @@ def show(path: Path, *, json: bool) -> None:
         facts = {"path": str(path), "links": [link.to_json() for link in links]}
         console.answer({**facts, "weakest": weakest, "consistency": consistency})
         return
-    for _, branch in itertools.groupby(links, key=lambda link: link.domain):
+    of_one = len({link.domain for link in links} - {None}) < 2  # then all hang together
+    for _, branch in itertools.groupby(links, key=lambda link: None if of_one else link.domain):
         console.chain([[_title(link), *(f"  {line}" for line in _details(link))] for link in branch])
     console.say(f"weakest link: {weakest}")
     if consistency is not None:

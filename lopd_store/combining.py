@@ -77,9 +77,7 @@ def _check_fits(first: Artifact, other: Artifact) -> None:
         _do_not_fit(first, other, "another tokenizer", shown, "one student can only read one tokenizer's ids")
     if changed := list(differences(wanted.encoding.to_json(), found.encoding.to_json())):
         shown = [", ".join(f"`{name}` {values[side]}" for name, *values in changed) for side in (0, 1)]
-        hint = (
-            "build them with the same `--k-min`, `--k-max`, `--coverage`, `--exact`, and all or none with `--reference`"
-        )
+        hint = "build all with the same `--k-max`, `--coverage` and so on, and with `--reference` all or none"
         _do_not_fit(first, other, "another encoding", shown, hint)
     for name, what, hint in (
         ("reference_logprobs", "reference log-probs", "`lopd-store generate` keeps them, and `build` takes them over"),

@@ -139,29 +139,34 @@ def audit_again(
     A091: it is what the manifest has, within what another engine can make of it. Raises InputError where model or file
     are not those of one input of the artifact, or it has no such audit.
     """
-    audits = {index: manifest.inputs[index].sft_audit for index in _taught_by(manifest.inputs, teacher)}
-    known = {audit.data: (index, audit) for index, audit in audits.items() if audit is not None}
+    audits = [(index, manifest.inputs[index].sft_audit) for index in _taught_by(manifest.inputs, teacher)]
+    known = [(index, audit) for index, audit in audits if audit is not None]
     if not known:
         raise InputError("this artifact has no audit of SFT data", hint="it is made by `lopd-store build --sft-data`")
-    if (digest := digest_file(Path(sft_data)).sha256) not in known:
+    digest = digest_file(Path(sft_data)).sha256
+    asked = [(index, audit) for index, audit in known if audit.data == digest]
+    if not asked:
         raise InputError(
-            f"`{sft_data}` is not the SFT data that was audited", expected=" or ".join(known), actual=digest
+            f"`{sft_data}` is not the SFT data that was audited",
+            expected=" or ".join(audit.data for _, audit in known),
+            actual=digest,
         )
-    index, stored = known[digest]
     found = audit_sft(
         teacher=teacher,
         data=sft_data,
-        dtype=manifest.inputs[index].scoring.dtype,
+        dtype=manifest.inputs[asked[0][0]].scoring.dtype,
         device=models.pick_device(device),
         batch_tokens=_BATCH_TOKENS,
         on_progress=on_progress,
     )
-    same = (found.temperature, found.top_p) == (stored.temperature, stored.top_p)
-    if same and found.found.is_near(stored.found):
-        return found, ()
-    place = f"{layout.MANIFEST}: inputs[{index}].sft_audit"
-    shown = [str({**one.to_json(), "data": "…"}) for one in (found, stored)]
-    return found, (finding("A091", place, "the teacher finds something else in the SFT data", *shown),)
+    findings = []
+    for index, stored in asked:
+        same = (found.temperature, found.top_p) == (stored.temperature, stored.top_p)
+        if not (same and found.found.is_near(stored.found)):
+            place = f"{layout.MANIFEST}: inputs[{index}].sft_audit"
+            shown = [str({**one.to_json(), "data": "…"}) for one in (found, stored)]
+            findings.append(finding("A091", place, "the teacher finds something else in the SFT data", *shown))
+    return found, tuple(findings)
 
 
 def _taught_by(inputs: Sequence[Inputs], teacher: str | Path) -> list[int]:

@@ -32,6 +32,16 @@ INPUTS = Inputs(
     rollouts=ROLLOUTS,
 )
 
+# Two domains: a policy that had SFT data of two teachers, and rollouts of both kinds that each of them has scored.
+CODER = identity_named("coder")
+SFT_OF_MATH = replace(SFT, domain="math")
+SFT_OF_CODE = SftProvenance(
+    domain="code", status="recorded", teacher=CODER, data=digest_contents(b"data of code").sha256
+)
+OF_BOTH = replace(ROLLOUTS, policy_checkpoint=replace(CHECKPOINT, data=None, sft=(SFT_OF_MATH, SFT_OF_CODE)))
+MATH = replace(INPUTS, domain="math", sft=SFT_OF_MATH, rollouts=OF_BOTH)
+CODE = replace(INPUTS, domain="code", teacher=CODER, sft=SFT_OF_CODE, rollouts=OF_BOTH)
+
 
 def policy(identity: ModelIdentity, checkpoint: CheckpointRecord | None = None) -> RolloutsRecord:
     """A record of rollouts that this policy sampled."""
@@ -40,8 +50,11 @@ def policy(identity: ModelIdentity, checkpoint: CheckpointRecord | None = None) 
 
 def make_manifest(*, parts: int = 2, **changes: Any) -> Manifest:
     """A manifest of parts that do not exist."""
+    inputs = changes.get("inputs", INPUTS)
+    inputs = (inputs,) if isinstance(inputs, Inputs) else inputs
     entries = tuple(
         PartEntry(
+            input=min(number, len(inputs) - 1),
             counts=Counts(rollouts=2, tokens=10 + number, positions=4, entries=9),
             files={kind: digest_contents(layout.part_file(number, kind).encode()) for kind in layout.FILE_KINDS},
         )
@@ -51,11 +64,7 @@ def make_manifest(*, parts: int = 2, **changes: Any) -> Manifest:
     values: dict[str, Any] = {
         "counts": Counts(**total),
         "encoding": make_encoding(),
-        "inputs": INPUTS,
         "parts": entries,
         "reference_logprobs": True,
     }
-    values |= changes
-    if isinstance(values["inputs"], Inputs):
-        values["inputs"] = (values["inputs"],)
-    return Manifest(**values)
+    return Manifest(**values | changes | {"inputs": inputs})

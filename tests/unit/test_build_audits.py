@@ -125,6 +125,20 @@ def test_the_teacher_can_be_asked_again_about_the_sft_data(
     assert (found.code, found.message) == ("A091", "the teacher finds something else in the SFT data")
 
 
+def test_in_several_domains_every_audit_of_the_file_under_the_teacher_is_made_again(
+    audited: Artifact, teacher_dir: Path, sft_file: Path, tmp_path: Path
+) -> None:
+    made = lopd_store.combine(("math", audited.path), ("code", audited.path), output=tmp_path / "both")
+    assert lopd_store.verify(made.path, teacher=teacher_dir, sft_data=sft_file).ok
+    kept = made.manifest.inputs[1].sft_audit
+    assert kept is not None
+    spoiled = replace(kept, found=replace(kept.found, score=kept.found.score + kept.found.positions))
+    path = made.path / layout.MANIFEST
+    path.write_bytes(edit_manifest(path.read_bytes(), "inputs", 1, "sft_audit", value=spoiled.to_json()))
+    (found,) = lopd_store.verify(made.path, teacher=teacher_dir, sft_data=sft_file).findings
+    assert (found.code, found.where) == ("A091", "manifest.json: inputs[1].sft_audit")
+
+
 def test_only_the_audited_file_and_the_teacher_itself_can_be_asked(
     audited: Artifact, teacher_dir: Path, student_dir: Path, sft_file: Path, many_rollouts: Path, sealed: Path
 ) -> None:

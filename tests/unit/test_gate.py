@@ -13,7 +13,7 @@ from lopd_store.manifest import Inputs
 from lopd_store.provenance import UNKNOWN_SFT
 from lopd_store.statistic import SftAudit, Statistic
 from tests.artifacts import identity_named
-from tests.records import INPUTS, OTHER_STUDENT, OTHER_TEACHER, SFT, STUDENT
+from tests.records import CODE, CODER, INPUTS, MATH, OF_BOTH, OTHER_STUDENT, OTHER_TEACHER, SFT, STUDENT
 
 UNKNOWN_TEACHER = replace(INPUTS, sft=UNKNOWN_SFT)
 OTHER_SFT_TEACHER = replace(INPUTS, sft=replace(SFT, teacher=OTHER_TEACHER))
@@ -145,3 +145,85 @@ def test_where_a_model_came_from_takes_no_part(name: str) -> None:
 def test_every_other_difference_makes_another_student(changes: dict[str, object]) -> None:
     (finding,) = judge([INPUTS], identity_named("student", **changes)).findings
     assert (finding.subject, finding.differences) == ("student", tuple(changes))
+
+
+# Several domains
+
+BOTH = (MATH, CODE)
+SWAPPED = (replace(MATH, teacher=CODER), replace(CODE, teacher=MATH.teacher))
+DOMAINS = [
+    # inputs, student, state, (subject, whose), overrides that are needed
+    (BOTH, STUDENT, "consistent", [], ()),
+    (BOTH, None, "consistent", [], ()),
+    (
+        SWAPPED,
+        STUDENT,
+        "inconsistent",
+        [("teacher", "domain math: "), ("teacher", "domain code: ")],
+        (ALLOW_INCONSISTENT,),
+    ),
+    ((MATH, replace(CODE, sft=UNKNOWN_SFT)), STUDENT, "unknown", [("teacher", "domain code: ")], (ALLOW_UNKNOWN,)),
+    (BOTH, OTHER_STUDENT, "inconsistent", [("student", "the student is not ")], (ALLOW_INCONSISTENT,)),
+    (
+        (MATH, replace(CODE, rollouts=replace(OF_BOTH, policy=OTHER_STUDENT))),
+        STUDENT,
+        "inconsistent",
+        [("student", "domain code: the student is not ")],
+        (ALLOW_INCONSISTENT,),
+    ),
+    (
+        (MATH, replace(CODE, domain="chat", rollouts=None), replace(CODE, rollouts=None)),
+        STUDENT,
+        "unknown",
+        [("student", "domains chat, code: nothing says which reference policy")],
+        (ALLOW_UNKNOWN,),
+    ),
+    (
+        (replace(MATH, sft_audit=ACCUSED_SFT.sft_audit), replace(CODE, rollouts_audit=ACCUSED)),
+        None,
+        "inconsistent",
+        [("SFT data", "domain math: the audit finds"), ("rollouts", "domain code: the audit finds")],
+        (ALLOW_INCONSISTENT,),
+    ),
+    (
+        (MATH, replace(CODE, sft=UNKNOWN_SFT), replace(MATH, domain="chat", teacher=OTHER_TEACHER)),
+        None,
+        "inconsistent",
+        [("teacher", "domain code: nothing says"), ("teacher", "domain chat: the SFT data was written by another")],
+        OVERRIDES,
+    ),
+]
+
+
+@pytest.mark.parametrize(("inputs", "student", "state", "found", "needed"), DOMAINS)
+def test_each_domain_is_judged_by_itself_and_named_where_others_differ(
+    inputs: tuple[Inputs, ...],
+    student: ModelIdentity | None,
+    state: str,
+    found: list[tuple[str, str]],
+    needed: tuple[str, ...],
+) -> None:
+    verdict = judge(inputs, student)
+    assert verdict.state == state
+    assert [finding.subject for finding in verdict.findings] == [subject for subject, _ in found]
+    for finding, (_, reason) in zip(verdict.findings, found, strict=True):
+        assert finding.reason.startswith(reason)
+    assert enforce(verdict, OVERRIDES) == tuple(sorted(needed))
+
+
+@pytest.mark.parametrize("student", [OTHER_TOKENIZER, LARGER_VOCABULARY])
+def test_another_tokenizer_is_found_once_however_many_domains_there_are(student: ModelIdentity) -> None:
+    findings = judge([replace(one, rollouts=None) for one in BOTH], student).findings
+    assert [finding.subject for finding in findings] == ["student", "tokenizer"]
+    assert findings[-1].reason == "the student's tokenizer is not the teacher's"
+
+
+def test_a_refusal_names_the_domain_and_shows_its_two_teachers() -> None:
+    with pytest.raises(ConsistencyError) as refusal:
+        enforce(judge(SWAPPED))
+    assert str(refusal.value).startswith(
+        "teacher consistency is inconsistent: domain math: "
+        "the SFT data was written by another teacher than the one that scored the rollouts\n"
+        f"  expected  teacher  (weights {MATH.teacher.weights[7:19]}…)\n"
+        f"  actual    coder  (weights {CODER.weights[7:19]}…)\n"
+    )

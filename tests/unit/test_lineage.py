@@ -11,12 +11,17 @@ from lopd_store.manifest import Inputs
 from lopd_store.provenance import UNKNOWN_SFT, RolloutsRecord, declared
 from tests.records import (
     CHECKPOINT,
+    CODE,
+    CODER,
     DATA,
     INPUTS,
+    MATH,
+    OF_BOTH,
     OTHER_STUDENT,
     OTHER_TEACHER,
     ROLLOUTS,
     SFT,
+    SFT_OF_CODE,
     STUDENT,
     TEACHER,
     make_manifest,
@@ -149,3 +154,52 @@ def test_a_link_in_json_has_the_whole_identity() -> None:
     value = chain(INPUTS)[0].to_json()
     assert value["model"] == TEACHER.to_json()
     assert (value["thing"], value["made"], value["mark"]) == ("SFT data", "written by", "recorded")
+
+
+# Several domains
+
+OF_CODE = replace(SFT_DATA, policy=CODER)
+
+
+def test_every_domain_has_a_branch_of_its_own() -> None:
+    links = of_manifest(make_manifest(inputs=(MATH, CODE)), FINGERPRINT)
+    assert [link.domain for link in links] == 4 * ["math"] + 4 * ["code"]
+    assert marks(links) == 2 * ["recorded", "recorded", "verified", "verified"]
+    assert [link.model for link in links if link.thing == "artifact"] == [TEACHER, CODER]
+
+
+def test_a_domain_that_another_teacher_scored_breaks_its_own_branch() -> None:
+    swapped = (replace(MATH, teacher=CODER), CODE)
+    links = of_manifest(make_manifest(inputs=swapped), FINGERPRINT)
+    assert [(link.domain, link.thing) for link in links if link.mark == "broken"] == [("math", "artifact")]
+
+
+def test_a_checkpoint_of_several_files_is_verified_where_all_are_here() -> None:
+    assert OF_BOTH.policy_checkpoint is not None and SFT_OF_CODE.data is not None
+    record, both = OF_BOTH.policy_checkpoint, {DATA: SFT_DATA, SFT_OF_CODE.data: OF_CODE}
+    links = of_checkpoint(record, STUDENT, sft_data=both)
+    assert [(link.thing, link.domain) for link in links] == [
+        ("SFT data", "math"),
+        ("SFT data", "code"),
+        ("SFT checkpoint", None),
+    ]
+    assert marks(links) == 3 * ["verified"]
+    assert marks(of_checkpoint(record, STUDENT, sft_data={DATA: SFT_DATA})) == ["verified", "recorded", "recorded"]
+
+
+def test_data_that_a_checkpoint_was_not_trained_on_breaks_it() -> None:
+    other = replace(CODE, sft=replace(SFT_OF_CODE, data=FINGERPRINT))
+    links = of_manifest(make_manifest(inputs=(MATH, other)), FINGERPRINT)
+    assert [(link.domain, link.reason) for link in links if link.mark == "broken"] == [
+        ("code", "it was trained on other data")
+    ]
+
+
+def test_a_student_is_held_to_the_policy_of_every_domain() -> None:
+    both, other = (MATH, CODE), (MATH, replace(CODE, rollouts=replace(OF_BOTH, policy=OTHER_STUDENT)))
+    unknown = (MATH, replace(CODE, rollouts=None))
+    found = [
+        of_checkpoint(TRAINED, OTHER_STUDENT, artifact=make_manifest(inputs=inputs))[-1]
+        for inputs in (both, other, unknown)
+    ]
+    assert [(link.mark, link.domain) for link in found] == [("verified", None), ("broken", None), ("recorded", None)]

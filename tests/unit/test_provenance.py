@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lopd_store import strictjson
-from lopd_store.errors import ArtifactError
+from lopd_store.errors import ArtifactError, InputError
 from lopd_store.models import PROVENANCE_FILE
 from lopd_store.provenance import (
     UNKNOWN_SFT,
@@ -18,13 +18,26 @@ from lopd_store.provenance import (
     RolloutsRecord,
     SftProvenance,
     Status,
+    are_domains,
+    by_domain,
     declared,
     read_checkpoint_record,
     sft_of_checkpoint,
     sft_of_data,
     sft_of_policy,
 )
-from tests.records import CHECKPOINT, DATA, OTHER_STUDENT, ROLLOUTS, SFT, TEACHER, policy
+from tests.records import (
+    CHECKPOINT,
+    DATA,
+    OF_BOTH,
+    OTHER_STUDENT,
+    ROLLOUTS,
+    SFT,
+    SFT_OF_CODE,
+    SFT_OF_MATH,
+    TEACHER,
+    policy,
+)
 
 Record = CheckpointRecord | RolloutsRecord | SftProvenance
 
@@ -121,3 +134,48 @@ def test_what_rests_on_a_record_is_known_no_better_than_the_record(status: Statu
     assert sft_of_checkpoint(beside) == expected
     assert sft_of_policy(replace(ROLLOUTS, policy_checkpoint=beside)) == expected
     assert sft_of_policy(replace(ROLLOUTS, status=status)) == expected
+
+
+# Several domains
+
+
+def test_the_sft_of_a_domain_is_what_the_checkpoint_says_of_it() -> None:
+    assert sft_of_policy(OF_BOTH, "math") == SFT_OF_MATH and sft_of_policy(OF_BOTH, "code") == SFT_OF_CODE
+    assert sft_of_policy(replace(OF_BOTH, status="declared"), "code") == declared(SFT_OF_CODE)
+
+
+def test_a_checkpoint_of_several_domains_wants_one_named() -> None:
+    with pytest.raises(
+        InputError,
+        match=r"several domains, and none is named\n  expected  math, code\n\nhint: .*--domain NAME",
+    ):
+        sft_of_policy(OF_BOTH)
+    with pytest.raises(InputError, match="no SFT data of the domain `chat`\n  expected  math, code\n  actual    chat"):
+        sft_of_policy(OF_BOTH, "chat")
+
+
+def test_of_a_single_domain_none_need_be_named_and_no_other_may() -> None:
+    one = replace(ROLLOUTS, policy_checkpoint=replace(CHECKPOINT, sft=(SFT_OF_MATH,)))
+    assert sft_of_policy(one) == sft_of_policy(one, "math") == SFT_OF_MATH
+    with pytest.raises(InputError, match="no SFT data of the domain `code`"):
+        sft_of_policy(one, "code")
+    assert sft_of_policy(ROLLOUTS, "code") == SFT  # the data has no domain, so this only names the rollouts
+
+
+@pytest.mark.parametrize(
+    "names", [["math", "math"], ["math", None], ["Math", "code"], ["", "code"], [".math"], ["m" * 65], ["m\n"], []]
+)
+def test_domains_that_do_not_name_each_are_refused(names: list[str | None]) -> None:
+    record = replace(CHECKPOINT, sft=tuple(replace(SFT, domain=name) for name in names))
+    with pytest.raises(ArtifactError, match=r"`x\.sft` (do not have a domain each|is not a list of 1 to 64)"):
+        CheckpointRecord.from_json(record.to_json(), where="x")
+    assert not are_domains(names)
+
+
+def test_what_is_handed_over_per_domain_is_one_thing_or_has_names() -> None:
+    assert by_domain("data", "data") == {None: "data"}
+    assert by_domain({"math": "a", "code": "b"}, "data") == {"math": "a", "code": "b"}
+    with pytest.raises(InputError, match="`data` does not name domains"):
+        by_domain({"Math": "a"}, "data")
+    with pytest.raises(InputError, match="`data` does not name domains"):
+        by_domain({}, "data")
