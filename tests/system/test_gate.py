@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+import lopd_store
 from tests.commands import Ran, run_command
 
 SETTINGS = ("--steps", 2, "--batch-rollouts", 4, "--eval-fraction", 0.2, "--device", "cpu")
@@ -89,3 +91,60 @@ class TestRefusal:
         record = json.loads((tmp_path / "opd" / "lopd-provenance.json").read_text())
         run = json.loads((tmp_path / "opd" / "run.json").read_text())
         assert record["overrides"] == [name] and run["overrides"] == [name] and run["verdict"] == state
+
+
+# docs/gate.md, several teachers
+
+TEXT = (Path(__file__).parents[2] / "docs" / "gate.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^```\n(.*?)^```$", TEXT.partition("## Several teachers")[2], re.DOTALL | re.MULTILINE)[0]
+
+
+def test_a_student_of_two_teachers_learns_each_domain_of_its_own(
+    teacher_dir: Path,
+    other_teacher_dir: Path,
+    student_dir: Path,
+    prompts_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = prompts_file.read_text().splitlines(keepends=True)
+    Path("math.jsonl").write_text("".join(lines[:3]))
+    Path("code.jsonl").write_text("".join(lines[3:]))
+    more = {
+        "generate": ["--max-response-tokens", 20, "--n", 4],
+        "sft": SETTINGS,
+        "opd": SETTINGS,
+        "build": ["--workers", 1],
+    }
+    places = {"MATH_TEACHER": teacher_dir, "CODE_TEACHER": other_teacher_dir, "STUDENT": student_dir}
+    commands = COMMANDS.splitlines()
+    assert len(commands) == 11
+    for line in commands:
+        program, command, *words = [places.get(word, word) for word in line.split()]
+        ran = run_command(str(program), command, *words, *more.get(str(command), []))
+        assert ran.code == 0, ran.stderr
+    record, both = json.loads(Path("trained/lopd-provenance.json").read_text()), lopd_store.open("both")
+    assert (record["data"], record["overrides"]) == (both.fingerprint, [])
+    assert record["sft"] == [one.sft.to_json() for one in both.manifest.inputs]
+    card = Path("trained/README.md").read_text()
+    assert "A student of `teacher` and `other-teacher`, trained" in card and "| teacher, code | `other-teacher`" in card
+    chain = run_command("lopd-store", "inspect", "trained", "--lineage").stdout
+    assert "math: artifact: verified" in chain and "code: artifact: verified" in chain
+    assert "\nstudent trained: verified (it started as the policy)\n" in chain
+    assert chain.endswith("weakest link: verified\nteacher consistency: consistent\n")
+
+    for domain, teacher in (("math", other_teacher_dir), ("code", teacher_dir)):
+        scored = ("--teacher", teacher, "--rollouts", f"{domain}-rollouts.parquet", "--domain", domain, "--workers", 1)
+        assert run_command("lopd-store", "build", *scored, "--output", f"wrong-{domain}").code == 0
+    assert run_command("lopd-store", "combine", "wrong-math", "wrong-code", "--output", "swapped").code == 0
+    found = run_command("lopd-store", "verify", "swapped", "--student", "sft").stderr
+    assert f"domain math: {OTHER_TEACHER}" in found and f"domain code: {OTHER_TEACHER}" in found
+    assert run_command("lopd-store", "combine", "math", "wrong-code", "--output", "half").code == 0
+    for artifact, domain in (("swapped", "math"), ("half", "code")):
+        ran = run_command("lopd-train", "opd", "--artifact", artifact, "--student", "sft", "--output", "no", *SETTINGS)
+        assert ran.code == 1 and f"teacher consistency is inconsistent: domain {domain}: {OTHER_TEACHER}" in ran.stderr
+        assert not Path("no").exists()
+    allowed = ("--artifact", "half", "--student", "sft", "--output", "no", "--allow-inconsistent-teacher")
+    assert run_command("lopd-train", "opd", *allowed, *SETTINGS).code == 0
+    assert f"- teacher, **inconsistent**: domain code: {OTHER_TEACHER}" in Path("no/README.md").read_text()

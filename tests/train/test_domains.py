@@ -1,4 +1,4 @@
-"""SFT on data of several teachers, and training from what each of them scored."""
+"""SFT on data of several teachers: its order, its record, and going on with it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import lopd_store
 import lopd_train
 from lopd_store.digest import digest_file
-from lopd_store.errors import ConsistencyError, DataError, InputError
+from lopd_store.errors import DataError, InputError
 from lopd_store.identity import identify
 from lopd_store.provenance import read_checkpoint_record
 from lopd_store.rollouts import RolloutsFile
@@ -62,33 +61,6 @@ def test_the_record_names_the_teacher_and_the_file_of_each_domain(
     card = (policy / "README.md").read_text()
     assert "the responses of `teacher` and `other-teacher`." in card
     assert f"| SFT data, code | `{record.sft[1].data}` |\n| SFT teacher, code | `other-teacher` (recorded) |" in card
-
-
-def test_each_domain_is_scored_by_its_teacher_and_all_train_one_student(
-    policy: Path, teacher_dir: Path, other_teacher_dir: Path, prompts: Path, config: TrainConfig, tmp_path: Path
-) -> None:
-    rollouts, short = sample(policy, prompts, tmp_path / "rollouts.parquet"), replace(config, steps=1)
-
-    def built(teacher: Path, domain: str) -> Path:
-        output = tmp_path / f"{domain}-{teacher.name}"
-        return lopd_store.build(teacher=teacher, rollouts=rollouts, domain=domain, output=output, workers=1).path
-
-    both = lopd_store.combine(built(teacher_dir, "math"), built(other_teacher_dir, "code"), output=tmp_path / "both")
-    result = lopd_train.train(artifact=both.path, student=policy, output=tmp_path / "trained", config=short)
-    record = read_checkpoint_record(result.output)
-    assert record is not None and record.data == both.fingerprint
-    assert record.sft == tuple(one.sft for one in both.manifest.inputs)
-    card = (result.output / "README.md").read_text()
-    assert "A student of `teacher` and `other-teacher`, trained" in card
-    assert "| teacher, code | `other-teacher`" in card and "| teacher consistency | **consistent** |" in card
-
-    wrong = lopd_store.combine(built(other_teacher_dir, "math"), built(teacher_dir, "code"), output=tmp_path / "wrong")
-    with pytest.raises(ConsistencyError, match="inconsistent: domain math: the SFT data was written by another"):
-        lopd_train.train(artifact=wrong.path, student=policy, output=tmp_path / "opd", config=short)
-    allowed = ["allow-inconsistent-teacher"]
-    lopd_train.train(artifact=wrong.path, student=policy, output=tmp_path / "opd", config=short, overrides=allowed)
-    card = (tmp_path / "opd" / "README.md").read_text()
-    assert "- teacher, **inconsistent**: domain math: the SFT data was" in card and "domain code: the SFT data" in card
 
 
 def test_a_run_with_other_data_of_one_domain_is_another_run(
