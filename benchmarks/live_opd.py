@@ -34,7 +34,7 @@ import lopd_train
 from lopd_store import gate, identify, models
 from lopd_store.prompts import read_prompts
 from lopd_store.provenance import Sampling
-from lopd_store.sampler import Sampler
+from lopd_store.samplers.transformers import TransformersSampler
 from lopd_train import TrainConfig, student
 from lopd_train.batches import Batch, Record, collate
 from lopd_train.head import Predictions, Sums
@@ -203,8 +203,8 @@ def sample(model: Student, prompts: Sequence[Ids], streams: range, task: Task, *
     """One response to each prompt from the model as it is now, with its own log-probs as the reference's."""
     model.model.eval()
     sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=task.tokens, samples_per_prompt=1, seed=seed)
-    stop_ids = models.stop_token_ids(model.model, model.tokenizer)
-    sampler = Sampler(model.model, sampling, stop_ids, identify(task.student).vocab_size)
+    stop_ids = models.stop_token_ids(model.model.generation_config, model.tokenizer)
+    sampler = TransformersSampler(model.model, sampling, stop_ids, identify(task.student).vocab_size)
     packed = model.model.config._attn_implementation
     model.model.set_attn_implementation("sdpa")  # packed attention has no cache
     responses = sampler.sample([*prompts], streams, lambda _: None)

@@ -42,6 +42,13 @@ class Engine(StrEnum):
     http = "http"
 
 
+class SamplingEngine(StrEnum):
+    """What runs the policy."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 @app.command()
 def generate(
     model: ModelOption,
@@ -67,15 +74,21 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the random numbers.", rich_help_panel=SAMPLING)] = 0,
+    engine: Annotated[
+        SamplingEngine, typer.Option(metavar="ENGINE", help=choices(SamplingEngine), rich_help_panel=RUNNING)
+    ] = SamplingEngine.transformers,
     batch_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Responses sampled at a time.", rich_help_panel=RUNNING)
-    ] = 16,
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Responses sampled at a time; 16, or 1024 with vllm.", rich_help_panel=RUNNING
+        ),
+    ] = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = None,
     json: Json = False,
 ) -> None:
     """Sample SFT data with the teacher, or rollouts with the student."""
-    with console.progress("generate", "responses") as meter:
+    with console.libraries_on_stderr(), console.progress("generate", "responses") as meter:
         result = lopd_store.generate(
             model=model,
             prompts=prompts,
@@ -86,6 +99,7 @@ def generate(
             samples_per_prompt=n,
             seed=seed,
             stop=stop or (),
+            engine=engine.value,
             batch_size=batch_size,
             limit=limit,
             dtype=dtype.value,

@@ -220,10 +220,19 @@ def context_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
-def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def load_generation_config(files: ModelFiles) -> Any:
+    """What a model generates with unless told otherwise, as transformers loads it."""
+    from transformers import GenerationConfig
+
+    if (files.directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(files.directory)
+    return GenerationConfig.from_model_config(load_config(files))
+
+
+def stop_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a response: the generation config's and the tokenizer's, sorted."""
     ids: set[int] = set()
-    for value in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+    for value in (generation_config.eos_token_id, tokenizer.eos_token_id):
         ids.update([] if value is None else [value] if isinstance(value, int) else value)
     return tuple(sorted(ids))
 

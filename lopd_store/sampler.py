@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from lopd_store import models
 from lopd_store.digest import digest_file
@@ -29,6 +27,7 @@ from lopd_store.journal import Journal
 from lopd_store.prompts import Prompt, read_prompts
 from lopd_store.provenance import RolloutsRecord, Sampling, read_checkpoint_record
 from lopd_store.rollouts import write_rollouts
+from lopd_store.samplers import BATCH_SIZES, Response, load, require_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,8 @@ def generate(
     samples_per_prompt: int = 1,
     seed: int = 0,
     stop: Sequence[str] = (),
-    batch_size: int = 16,
+    engine: str = "transformers",
+    batch_size: int | None = None,
     limit: int | None = None,
     dtype: str = "float32",
     device: str | None = None,
@@ -60,10 +60,13 @@ def generate(
 ) -> Generated:
     """Sample responses to every prompt and write them with their provenance.
 
-    A response that contains one of the strings of `stop` ends with the token that completes it.
+    A response that contains one of the strings of `stop` ends with the token that completes it. `batch_size` is the
+    number of responses sampled at a time, None for what suits the engine; a run that was killed loses one batch.
     `on_progress` hears (responses finished, all responses, response tokens so far).
     """
     output, prompts = Path(output), Path(prompts)
+    require_engine(engine)
+    batch_size = BATCH_SIZES[engine] if batch_size is None else batch_size
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise InputError(f"`{name}` is out of range", expected="1 or more", actual=number)
@@ -78,8 +81,7 @@ def generate(
     files = models.find(model)
     tokenizer = models.load_tokenizer(files)
     rows = read_prompts(prompts, tokenizer, limit=limit)
-    loaded = models.load_model(files, dtype=dtype, device=device)
-    _check_lengths(rows, models.context_length(loaded.config), max_response_tokens, prompts)
+    _check_lengths(rows, models.context_length(models.load_config(files)), max_response_tokens, prompts)
     policy = identify(model)
     record = RolloutsRecord(
         status="recorded",
@@ -88,8 +90,16 @@ def generate(
         prompts=digest_file(prompts).sha256,
         sampling=sampling,
     )
-    sampler = Sampler(
-        loaded, sampling, models.stop_token_ids(loaded, tokenizer), policy.vocab_size, StopStrings(tokenizer, stop)
+    sampler = load(
+        engine,
+        files,
+        tokenizer,
+        sampling,
+        stop,
+        vocab_size=policy.vocab_size,
+        dtype=dtype,
+        device=device,
+        longest=max(len(row.ids) for row in rows) + max_response_tokens,
     )
     total = len(rows) * samples_per_prompt
     finished = tokens = stopped = 0
@@ -110,6 +120,7 @@ def generate(
         "record": record.to_json(),
         "rows": total,
         "stop": list(stop),
+        "engine": engine,
         "batch_size": batch_size,
         "dtype": dtype,
         "device": device,
@@ -130,149 +141,6 @@ def generate(
         write_rollouts(output, map(partial(_row, tokenizer), chosen, responses), record)
         journal.remove()
     return Generated(output=output, rollouts=finished, tokens=tokens, stopped=stopped)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Response:
-    """One sampled response; where the reason is `stop` the last id is the stop token, or completes a stop string."""
-
-    ids: npt.NDArray[np.uint32]
-    logprobs: npt.NDArray[np.float32]
-    finish_reason: str
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object; its numbers read back bit by bit."""
-        return {"ids": self.ids.tolist(), "logprobs": self.logprobs.tolist(), "finish_reason": self.finish_reason}
-
-    @classmethod
-    def from_json(cls, value: Any) -> Response:
-        """Read what `to_json` gave."""
-        return cls(
-            ids=np.array(value["ids"], np.uint32),
-            logprobs=np.array(value["logprobs"], np.float32),
-            finish_reason=value["finish_reason"],
-        )
-
-
-class StopStrings:
-    """Looks for strings at the end of responses that grow by a token at a time."""
-
-    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
-        self._tokenizer, self._strings = tokenizer, strings
-        # A token has a byte at least, and the first one looked at may be the rest of a character.
-        self._tokens = max((len(string.encode()) for string in strings), default=0) + 4
-
-    def __bool__(self) -> bool:
-        return bool(self._strings)
-
-    def end(self, ids: list[int]) -> bool:
-        """Whether one of them stands in what the last of these tokens say."""
-        text = self._tokenizer.decode(ids[-self._tokens :], skip_special_tokens=False)
-        return any(string in text for string in self._strings)
-
-
-class Sampler:
-    """Samples batches from one model with a key-value cache, prompts padded on the left.
-
-    Only ids below `vocab_size` are drawn: what a padded head says of the others is noise that no tokenizer can read.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        sampling: Sampling,
-        stop_ids: tuple[int, ...],
-        vocab_size: int,
-        strings: StopStrings | None = None,
-    ) -> None:
-        self._model = model
-        assert sampling.temperature is not None and sampling.top_p is not None  # who samples knows how
-        assert sampling.max_response_tokens is not None and sampling.seed is not None
-        self._temperature, self._top_p = sampling.temperature, sampling.top_p
-        self._limit, self._seed = sampling.max_response_tokens, sampling.seed
-        self._vocab_size = vocab_size
-        self._strings = strings
-        self._device = model.device
-        self._stop = torch.tensor(stop_ids, dtype=torch.long, device=self._device)
-
-    @torch.inference_mode()
-    def sample(
-        self, prompts: list[npt.NDArray[np.uint32]], streams: range, on_tokens: Callable[[int], None]
-    ) -> list[Response]:
-        """One response per prompt; `streams` number their random streams."""
-        limit, count = self._limit, len(prompts)
-        uniforms = torch.from_numpy(
-            np.stack([np.random.default_rng([self._seed, stream]).random(limit) for stream in streams])
-        )
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.zeros(count, width, dtype=torch.long)
-        mask = torch.zeros(count, width + limit, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask[row, width - len(prompt) :] = 1
-        ids, mask, uniforms = ids.to(self._device), mask.to(self._device), uniforms.to(self._device)
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        sampled = torch.zeros(count, limit, dtype=torch.long, device=self._device)
-        logprobs = torch.zeros(count, limit, device=self._device)
-        lengths = torch.full((count,), limit, device=self._device)
-        running = torch.ones(count, dtype=torch.bool, device=self._device)
-        cache, step_ids, start = None, ids, 0
-        for step in range(limit):
-            stop = width + step
-            output = self._model(
-                input_ids=step_ids,
-                attention_mask=mask[:, :stop],
-                position_ids=positions[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache, start = output.past_key_values, stop
-            raw = torch.log_softmax(output.logits[:, -1].float(), dim=-1)
-            known = raw[:, : self._vocab_size]
-            chosen = draw(known, uniforms[:, step], self._temperature, self._top_p)
-            sampled[:, step] = chosen
-            logprobs[:, step] = raw.gather(1, chosen[:, None])[:, 0]
-            ended = running & (torch.isin(chosen, self._stop) | self._at_string(sampled[:, : step + 1]))
-            lengths[ended] = step + 1
-            running &= ~ended
-            on_tokens(int(torch.where(running, step + 1, lengths).sum()))
-            if not bool(running.any()):
-                break
-            step_ids = chosen[:, None]
-        return [
-            Response(
-                ids=sampled[row, :length].cpu().numpy().astype(np.uint32),
-                logprobs=logprobs[row, :length].cpu().numpy(),
-                finish_reason="length" if bool(running[row]) else "stop",
-            )
-            for row, length in enumerate(lengths.tolist())
-        ]
-
-    def _at_string(self, sampled: torch.Tensor) -> torch.Tensor:
-        """Which of the responses so far end with a stop string."""
-        ended = [self._strings.end(ids) for ids in sampled.tolist()] if self._strings else [False] * len(sampled)
-        return torch.tensor(ended, device=self._device)
-
-
-def draw(
-    logprobs: torch.Tensor,  # [rows, vocabulary], raw
-    uniforms: torch.Tensor,  # [rows], float64 in [0, 1)
-    temperature: float,
-    top_p: float,
-) -> torch.Tensor:
-    """One id per row by inverse distribution function; temperature 0 takes the most likely id."""
-    if temperature == 0:
-        return logprobs.argmax(dim=-1)
-    mass = torch.softmax(logprobs / temperature, dim=-1)
-    if top_p < 1:
-        ordered, order = mass.sort(dim=-1, descending=True, stable=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p
-        mass = mass.scatter(1, order, ordered.masked_fill(outside, 0))
-    cumulative = mass.cumsum(dim=-1, dtype=torch.float64)
-    targets = uniforms[:, None] * cumulative[:, -1:]
-    # The first id whose cumulative mass exceeds the target has mass itself, so nothing outside top_p is drawn.
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logprobs.shape[1] - 1)
 
 
 def _row(tokenizer: Any, prompt: Prompt, response: Response) -> dict[str, Any]:

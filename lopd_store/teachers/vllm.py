@@ -206,8 +206,6 @@ def load_llm(files: models.ModelFiles, *, dtype: str, memory: float = _MEMORY, *
         str(files.directory),
         dtype=dtype,
         seed=0,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
         max_logprobs=-1,
         logprobs_mode="raw_logprobs",
         gpu_memory_utilization=memory,

@@ -165,7 +165,7 @@ def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(student_dir: 
     files = models.find(student_dir)
     model, tokenizer = models.load_model(files), models.load_tokenizer(files)
     model.generation_config.eos_token_id = [9, 7]
-    assert models.stop_token_ids(model, tokenizer) == (tokenizer.eos_token_id, 7, 9)
+    assert models.stop_token_ids(model.generation_config, tokenizer) == (tokenizer.eos_token_id, 7, 9)
 
 
 def test_a_device_that_torch_does_not_know_is_refused() -> None:

@@ -16,7 +16,7 @@ from lopd_store import models
 from lopd_store.errors import DataError, InputError
 from lopd_store.provenance import Sampling
 from lopd_store.rollouts import Rollout, RolloutsFile
-from lopd_store.sampler import draw
+from lopd_store.samplers.transformers import draw
 from tests.tiny import PROMPTS, save_tiny_model, tiny_tokenizer
 from tests.unit.dense import DenseTeacher
 
