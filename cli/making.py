@@ -134,22 +134,24 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say from a few rollouts what a build will cost and give: hours, bytes, mass for each k."""
-    found = lopd_store.estimate(
-        teacher=teacher,
-        rollouts=rollouts,
-        probe=probe,
-        reference=reference,
-        k_max=k_max,
-        coverage=coverage,
-        exact=exact,
-        text=not no_text,
-        engine=engine,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        batch_tokens=batch_tokens,
-        on_bad_rollout=on_bad_rollout,
-    )
+    with console.progress("read", "rollouts", at_once=False) as surveyed:
+        found = lopd_store.estimate(
+            teacher=teacher,
+            rollouts=rollouts,
+            probe=probe,
+            reference=reference,
+            k_max=k_max,
+            coverage=coverage,
+            exact=exact,
+            text=not no_text,
+            engine=engine,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            batch_tokens=batch_tokens,
+            on_bad_rollout=on_bad_rollout,
+            on_surveyed=surveyed.update,
+        )
     if json:
         console.answer(asdict(found))
         return
@@ -278,6 +280,7 @@ def build(
     """Score rollouts with the teacher and seal them as an artifact."""
     with (
         console.libraries_on_stderr(),
+        console.progress("read", "rollouts", at_once=False) as surveyed,
         console.progress("audit", "positions", at_once=False) as audited,
         console.progress("build", "positions", at_once=False) as meter,
     ):
@@ -310,6 +313,7 @@ def build(
             ray=ray,
             on_bad_rollout=on_bad_rollout.value,
             on_progress=partial(_show_progress, meter),
+            on_surveyed=surveyed.update,
             on_audited=audited.update,
             on_note=console.note,
         )

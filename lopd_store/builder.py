@@ -31,7 +31,7 @@ from lopd_store.manifest import Counts, Scoring, parse
 from lopd_store.plan import Plan, make_plan
 from lopd_store.remote import Remote, is_remote
 from lopd_store.scoring import is_done, note_path
-from lopd_store.survey import OnBad
+from lopd_store.survey import OnBad, OnSurveyed
 from lopd_store.teachers import require_engine
 from lopd_store.workers import count_workers, score_parts
 
@@ -68,7 +68,7 @@ class Settings:
     part_positions: int | None = None
     ray: str | None = None
 
-    def plan(self) -> Plan:
+    def plan(self, on_surveyed: OnSurveyed | None = None) -> Plan:
         """Read the inputs and settle what is to be made."""
         reference = None if self.reference is None else str(self.reference)
         require_engine(self.engine, reference=reference, server=self.server, reference_server=self.reference_server)
@@ -89,6 +89,7 @@ class Settings:
             batch_tokens=self.batch_tokens,
             part_positions=self.part_positions,
             on_bad_rollout=self.on_bad_rollout,
+            on_surveyed=on_surveyed,
         )
 
     def encoding(self) -> Encoding:
@@ -139,6 +140,7 @@ def build(
     ray: str | None = None,
     on_progress: OnProgress | None = None,
     on_audited: OnAudited | None = None,
+    on_surveyed: OnSurveyed | None = None,
     on_note: OnNote | None = None,
 ) -> reader.Artifact:
     """Score rollouts with the teacher and seal the result as an artifact, which is returned opened.
@@ -156,7 +158,7 @@ def build(
     processes, None for one per processor (a script that asks for several needs `if __name__ == "__main__":`);
     `threads` is the number of CPU threads of each, which unlike `workers` can change the last bits of a log-prob.
     `ray` is the address of a Ray cluster, or `local`, whose actors are the workers. The first Ctrl-C stops after the
-    parts in hand, the second at once; `on_note` hears lines for people.
+    parts in hand, the second at once; `on_note` hears lines for people, `on_surveyed` how far the rollouts are read.
     """
     settings = Settings(
         teacher=teacher,
@@ -186,7 +188,7 @@ def build(
     )
     if is_remote(output):
         raise InputError(f"`{output}` is no directory", hint="`lopd_store.publish` makes an artifact there")
-    with _scored(settings, output, None, on_progress, on_audited, on_note) as (plan, building, used):
+    with _scored(settings, output, None, on_progress, on_audited, on_surveyed, on_note) as (plan, building, used):
         in_progress.write_seal(plan, building, workers=used)
         in_progress.rename_into_place(building, Path(output))
     return reader.open(output)
@@ -206,6 +208,7 @@ def publish(
     output: str,
     on_progress: OnProgress | None = None,
     on_audited: OnAudited | None = None,
+    on_surveyed: OnSurveyed | None = None,
     on_note: OnNote | None = None,
     **options: Any,
 ) -> Published:
@@ -214,7 +217,8 @@ def publish(
     Every part is sent when it is done and removed here, and the manifest is sent last. The same call goes on on any
     machine.
     """
-    with _scored(Settings(**options), output, None, on_progress, on_audited, on_note) as (plan, building, used):
+    hearing = (on_progress, on_audited, on_surveyed, on_note)
+    with _scored(Settings(**options), output, None, *hearing) as (plan, building, used):
         return _publish(Remote(output), plan, building, used)
 
 
@@ -233,6 +237,7 @@ def build_share(
     output: str | Path,
     on_progress: OnProgress | None = None,
     on_audited: OnAudited | None = None,
+    on_surveyed: OnSurveyed | None = None,
     on_note: OnNote | None = None,
     **options: Any,
 ) -> ScoredShare:
@@ -241,7 +246,8 @@ def build_share(
     `options` are those of `build`. The jobs may work in one directory that they share, or each in its own.
     """
     mine = Share.parse(share)
-    with _scored(Settings(**options), output, mine, on_progress, on_audited, on_note) as (plan, building, _):
+    hearing = (on_progress, on_audited, on_surveyed, on_note)
+    with _scored(Settings(**options), output, mine, *hearing) as (plan, building, _):
         return ScoredShare(
             building=building,
             parts=tuple(mine.parts(len(plan.parts))),
@@ -293,12 +299,13 @@ def _scored(
     share: Share | None,
     on_progress: OnProgress | None,
     on_audited: OnAudited | None,
+    on_surveyed: OnSurveyed | None,
     on_note: OnNote | None,
 ) -> Iterator[tuple[Plan, Path, int | None]]:
     """The build in progress with all parts scored, or those of the share, and how many workers were used; locked."""
     remote = Remote(str(output)) if is_remote(output) else None
     _require_free(output, remote)
-    plan = settings.plan()
+    plan = settings.plan(on_surveyed)
     if on_note is not None:
         _note_odd_rollouts(plan, on_note)
     building = layout.building_directory(Path(output)) if remote is None else remote.building

@@ -22,6 +22,7 @@ from lopd_store.manifest import Scoring
 from lopd_store.plan import Plan
 from lopd_store.rollouts import Rollout, RolloutsFile
 from lopd_store.scoring import part_files, score_part
+from lopd_store.survey import OnSurveyed
 from lopd_store.teachers import RolloutScores
 
 
@@ -55,12 +56,12 @@ class Forecast:
     choices: tuple[Choice, ...]  # by k_max, the one that was asked for among them
 
 
-def estimate(*, probe: int = 32, **options: Any) -> Forecast:
+def estimate(*, probe: int = 32, on_surveyed: OnSurveyed | None = None, **options: Any) -> Forecast:
     """Score `probe` rollouts and say what a `build` with these `options` will cost and give."""
     if probe < 2:
         raise InputError("`probe` is out of range", expected="2 or more", actual=probe)
     settings = Settings(**options)
-    plan = settings.plan()
+    plan = settings.plan(on_surveyed)
     rollouts = _spread(plan, probe)
     k_max = plan.encoding.k_max
     with torch_threads(plan.threads):

@@ -34,7 +34,7 @@ from lopd_store.provenance import (
     sft_of_policy,
 )
 from lopd_store.rollouts import RolloutsFile
-from lopd_store.survey import BadRollout, Limits, OnBad, Survey, survey
+from lopd_store.survey import BadRollout, Limits, OnBad, OnSurveyed, Survey, survey
 
 MAX_PART_POSITIONS = 1 << 20
 MIN_PART_POSITIONS = 1 << 13
@@ -146,6 +146,7 @@ def make_plan(
     batch_tokens: int = 4096,
     part_positions: int | None = None,
     on_bad_rollout: OnBad = "fail",
+    on_surveyed: OnSurveyed | None = None,
 ) -> Plan:
     """Read the inputs, check what can be checked before scoring, and draw the borders of the parts."""
     for name, number in (("threads", threads), ("batch_tokens", batch_tokens)):
@@ -163,7 +164,8 @@ def make_plan(
     provenance = _sft_provenance(file, sft_data if sft is None else sft, domain)
     context_length = _context_length(*([teacher] if reference is None else [teacher, reference]))
     bos = models.load_tokenizer(models.find(teacher)).bos_token_id
-    found = survey(file, _limits(identity, context_length, encoding), bos=bos, on_bad=on_bad_rollout)
+    limits = _limits(identity, context_length, encoding)
+    found = survey(file, limits, bos=bos, on_bad=on_bad_rollout, on_surveyed=on_surveyed)
     return Plan(
         teacher_path=teacher,
         rollouts_path=str(rollouts),

@@ -9,6 +9,7 @@ at one by one, by the check that scoring itself uses. So ten million rollouts ta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from lopd_store.errors import DataError
 from lopd_store.rollouts import Rollout, RolloutsFile
 
 OnBad = Literal["fail", "skip"]
+OnSurveyed = Callable[[int, int], None]  # rows, of how many
+TOLD_EVERY = 1 << 16  # rows, about a quarter of a second
 MAX_BAD = 100_000  # rollouts that are skipped; a file with more of them is wrong itself
 HINT = "`--on-bad-rollout skip` leaves it out; a rollout is never cut"
 _SCREENED = ("prompt_ids", "response_ids", "loss_mask", "logprobs")
@@ -57,10 +60,18 @@ class Survey:
     two_bos: int  # rows that are not bad and whose prompt begins with two BOS tokens
 
 
-def survey(file: RolloutsFile, limits: Limits, *, bos: int | None = None, on_bad: OnBad = "fail") -> Survey:
+def survey(
+    file: RolloutsFile,
+    limits: Limits,
+    *,
+    bos: int | None = None,
+    on_bad: OnBad = "fail",
+    on_surveyed: OnSurveyed | None = None,
+) -> Survey:
     """Read every row once; raises DataError at the first bad one, or with `skip` lists the bad ones.
 
-    `bos` is the id with which the teacher's tokenizer begins a text.
+    `bos` is the id with which the teacher's tokenizer begins a text. `on_surveyed` hears how far it is now and then; of
+    a file that is read in a moment it hears nothing.
     """
     prompts, responses = np.zeros(len(file), np.uint32), np.zeros(len(file), np.uint32)
     bad: list[BadRollout] = []
@@ -86,6 +97,10 @@ def survey(file: RolloutsFile, limits: Limits, *, bos: int | None = None, on_bad
             has_logprobs = bool((lengths["logprobs"] == lengths["response_ids"])[good].all())
         if bos is not None:
             two_bos += int((_begin_twice(columns["prompt_ids"], lengths["prompt_ids"], bos) & good).sum())
+        if on_surveyed is not None and rows.start // TOLD_EVERY < rows.stop // TOLD_EVERY:
+            on_surveyed(rows.stop, len(file))
+    if on_surveyed is not None and len(file) >= TOLD_EVERY:
+        on_surveyed(len(file), len(file))
     return Survey(
         prompt_lengths=prompts,
         response_lengths=responses,

@@ -103,6 +103,15 @@ def test_a_file_of_nothing_but_bad_rollouts_is_given_up(tmp_path: Path, monkeypa
         survey.survey(file, LIMITS, on_bad="skip")
 
 
+def test_a_long_file_is_told_of_now_and_then_and_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, heard = save(tmp_path / "r.parquet", [GOOD] * (3 * ROWS_PER_GROUP + 7)), list[tuple[int, int]]()
+    survey.survey(file, LIMITS, on_surveyed=lambda *rows: heard.append(rows))
+    assert heard == []  # it is read in a moment
+    monkeypatch.setattr(survey, "TOLD_EVERY", 2 * ROWS_PER_GROUP)
+    survey.survey(file, LIMITS, on_surveyed=lambda *rows: heard.append(rows))
+    assert heard == [(2 * ROWS_PER_GROUP, len(file)), (len(file), len(file))]
+
+
 def test_what_is_skipped_is_counted_in_the_manifest_and_listed_in_the_build_record(
     teacher_dir: Path, tmp_path: Path
 ) -> None:
