@@ -59,6 +59,7 @@ class Tally:
     def written(self, note: DoneNote) -> None:
         """A part is written."""
         self._bytes += note.size
+        self.report()
 
     def report(self) -> None:
         """Say how far the build is."""

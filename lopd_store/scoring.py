@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,29 @@ OnScored = Callable[[int, int], None]  # tokens and positions of a rollout
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredPart:
-    """A part in memory, rounded as it will be stored."""
+    """A part that the teacher is done with; what else is to be done with it waits until somebody asks."""
 
+    plan: Plan
     number: int
-    part: Part
-    columns: dict[str, Any]  # of its rollouts table
+    scored: tuple[_Scored, ...]
     skipped: tuple[BadRollout, ...]  # that only scoring showed to be bad
     padding: float | None  # mass on ids beyond the tokenizer's, added up over its positions; None where nobody knows
     seconds: float  # that scoring took
+
+    @property
+    def part(self) -> Part:
+        """The part, rounded as it will be stored."""
+        return self._assembled[0]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Of its rollouts table."""
+        return self._assembled[1]
+
+    @cached_property
+    def _assembled(self) -> tuple[Part, dict[str, Any]]:
+        part, columns = _assemble(self.plan, self.scored)
+        return round_part(part, self.plan.encoding), columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +117,10 @@ def score_part(
     rollouts: dict[int, Rollout] | None = None,
     on_bad: OnBad = "fail",
 ) -> ScoredPart:
-    """One part in memory; its rollouts are read from the file of the plan where they are not given, by their rows."""
+    """Score one part; its rollouts are read from the file of the plan where they are not given, by their rows.
+
+    What is kept of a rollout is chosen in a second thread, while the teacher scores the next ones.
+    """
     started = time.monotonic()
     by_row = read_rollouts(plan, number) if rollouts is None else rollouts
     limits = plan.limits(teacher.context_length)
@@ -117,30 +137,38 @@ def score_part(
         except DataError as error:
             bad(row, error)
             del by_row[row]
-    rows, scored = list(by_row), dict[int, _Scored]()
-    for index, scores in teacher.score([by_row[row] for row in rows], plan.encoding.k_max):
-        row = rows[index]
-        _check_rows(scores, by_row[row], row)
-        try:
-            _check_numbers(scores, row)
-        except DataError as error:
-            bad(row, error)
-        else:
-            scored[row] = _select(plan, by_row[row], scores)
-        on_scored(len(by_row[row].prompt_ids) + len(scores.sampled_logprobs), len(scores.sampled_logprobs))
-    if not scored:
+    rows, chosen = list(by_row), dict[int, Future[_Scored]]()
+    with ThreadPoolExecutor(1) as behind:
+        for index, scores in teacher.score([by_row[row] for row in rows], plan.encoding.k_max):
+            row = rows[index]
+            _check_rows(scores, by_row[row], row)
+            try:
+                _check_numbers(scores, row)
+            except DataError as error:
+                bad(row, error)
+            else:
+                chosen[row] = behind.submit(_select, plan, by_row[row], scores)
+            on_scored(len(by_row[row].prompt_ids) + len(scores.sampled_logprobs), len(scores.sampled_logprobs))
+    if not chosen:
         raise DataError(f"nothing is left of part {number}", actual=f"{skipped[0]}, and so on")
-    kept = [scored[row] for row in rows if row in scored]
-    part, columns = _assemble(plan, kept)
+    kept = tuple(chosen[row].result() for row in rows if row in chosen)
     padding = [one.padding for one in kept if one.padding is not None]
     return ScoredPart(
+        plan=plan,
         number=number,
-        part=round_part(part, plan.encoding),
-        columns=columns,
+        scored=kept,
         skipped=tuple(sorted(skipped, key=lambda one: one.row)),
         padding=sum(padding) if len(padding) == len(kept) else None,
         seconds=time.monotonic() - started,
     )
+
+
+def keep_part(plan: Plan, building: Path, scored: ScoredPart) -> DoneNote:
+    """All that follows the teacher: encode a part, write its files, and note it as done."""
+    contents = part_files(plan, scored)
+    note = note_of(plan, scored, contents)
+    write_part(building, scored.number, contents, note)
+    return note
 
 
 def part_files(plan: Plan, scored: ScoredPart) -> dict[str, bytes]:
@@ -239,7 +267,7 @@ def _select(plan: Plan, rollout: Rollout, scores: RolloutScores) -> _Scored:
     )
 
 
-def _assemble(plan: Plan, scored: list[_Scored]) -> tuple[Part, dict[str, Any]]:
+def _assemble(plan: Plan, scored: Sequence[_Scored]) -> tuple[Part, dict[str, Any]]:
     """The part, unrounded, and the columns of its rollouts table."""
     rollouts = [one.rollout for one in scored]
     offsets = np.zeros(len(rollouts) + 1, np.int64)

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -25,7 +25,7 @@ from lopd_store.errors import InputError, UnavailableError
 from lopd_store.handout import Interrupts, OnNote, OnProgress, Tally, hand_out, load_teacher, torch_threads
 from lopd_store.noise import probe
 from lopd_store.plan import Plan
-from lopd_store.scoring import DoneNote, note_of, part_files, read_rollouts, score_part, write_part
+from lopd_store.scoring import DoneNote, keep_part, read_rollouts, score_part
 from lopd_store.survey import OnBad
 from lopd_store.teachers import Teacher
 
@@ -121,20 +121,27 @@ def _score_here(
     on_bad: OnBad,
     teacher: Teacher | None,
 ) -> None:
+    """One part after the other; while the teacher scores one, the one before it is written."""
+    writing: tuple[int, Future[DoneNote]] | None = None
+
     def on_scored(tokens: int, positions: int) -> None:
         interrupts.tell()
         tally.add(1, tokens, positions)
+        if writing is not None and writing[1].done():
+            writing[1].result()  # an error stops the build at once
 
-    with torch_threads(plan.threads):
+    with torch_threads(plan.threads), ThreadPoolExecutor(1) as behind:
         teacher = teacher or load_teacher(plan)
         for number in tally.missing:
             if interrupts.asked:
                 break
             scored = score_part(plan, teacher, number, on_scored, on_bad=on_bad)
-            contents = part_files(plan, scored)
-            note = note_of(plan, scored, contents)
-            write_part(building, number, contents, note)
-            finish(number, note)
+            if writing is not None:
+                finish(writing[0], writing[1].result())
+            writing = number, behind.submit(keep_part, plan, building, scored)
+            del scored
+        if writing is not None:
+            finish(writing[0], writing[1].result())
 
 
 def _score_in_processes(
@@ -212,7 +219,4 @@ def _work(number: int) -> DoneNote:
     if "teacher" not in _worker:  # here and not at the start, where an error would be lost
         _worker["teacher"] = load_teacher(plan)
     scored = score_part(plan, _worker["teacher"], number, on_scored, on_bad=_worker["on_bad"])
-    contents = part_files(plan, scored)
-    note = note_of(plan, scored, contents)
-    write_part(_worker["building"], number, contents, note)
-    return note
+    return keep_part(plan, _worker["building"], scored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +21,12 @@ from typing import Any
 import pytest
 
 import lopd_store
-from lopd_store import layout
+from lopd_store import layout, scoring, workers
 from lopd_store.building import Share, locked
 from lopd_store.errors import DataError, InputError, UnavailableError
 from lopd_store.handout import Progress
+from lopd_store.plan import Plan
+from lopd_store.scoring import DoneNote, ScoredPart
 from tests.artifacts import random_pairs, save_rollouts
 from tests.commands import run_command
 from tests.unit.conftest import PART_POSITIONS
@@ -196,6 +200,42 @@ def test_a_disk_without_room_loses_nothing_that_is_done(options: dict[str, Any],
     assert [path.name for path in (building / "done").iterdir()] == ["00000.json"]
     assert not list(building.rglob("*.unfinished"))
     assert lopd_store.build(**options, output=output).fingerprint == whole.fingerprint
+
+
+# Writing behind the teacher
+
+
+def test_a_part_is_written_while_the_next_one_is_scored(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_is_scored, waited = threading.Event(), list[bool]()
+
+    def wait_and_keep(plan: Plan, building: Path, scored: ScoredPart) -> DoneNote:
+        if scored.number == 0:
+            waited.append(next_is_scored.wait(60))
+        return scoring.keep_part(plan, building, scored)
+
+    def hear(progress: Progress) -> None:
+        done = tmp_path / "a.building" / "done"
+        if progress.positions > options["part_positions"] and done.is_dir() and not list(done.iterdir()):
+            next_is_scored.set()
+
+    monkeypatch.setattr(workers, "keep_part", wait_and_keep)
+    lopd_store.build(**options, output=tmp_path / "a", on_progress=hear)
+    assert waited == [True]
+
+
+def test_an_error_in_writing_stops_the_build_at_the_next_rollout(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(plan: Plan, building: Path, scored: ScoredPart) -> DoneNote:
+        raise OSError(errno.ENOSPC, "no room")
+
+    heard: list[Progress] = []
+    monkeypatch.setattr(workers, "keep_part", fail)
+    with pytest.raises(UnavailableError, match="no room for"):
+        lopd_store.build(**options, output=tmp_path / "a", on_progress=heard.append)
+    assert heard[-1].rollouts < heard[-1].all_rollouts
 
 
 # Ctrl-C
