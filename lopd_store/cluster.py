@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lopd_store.building import read_noise, write_noise
 from lopd_store.errors import InputError, LopdError, UnavailableError
-from lopd_store.handout import Interrupts, Tally, hand_out, load_teacher
+from lopd_store.handout import Interrupts, Tally, hand_out, load_teacher, measure_noise
+from lopd_store.noise import Noise
 from lopd_store.plan import Plan
 from lopd_store.rollouts import Rollout
 from lopd_store.scoring import DoneNote, note_of, part_files, read_rollouts, score_part, write_part
@@ -34,6 +36,7 @@ def score_on_ray(
     address: str,
     workers: int | None,
     on_bad: OnBad,
+    most: float | None,
 ) -> None:
     """Score the missing parts on the cluster at `address`, or on one that is started here for `local`."""
     with _connected(address) as ray:
@@ -59,6 +62,9 @@ def score_on_ray(
             finish(number, note)
 
         try:
+            if read_noise(building) is None:
+                rollouts = list(read_rollouts(plan, tally.missing[0]).values())
+                write_noise(building, ray.get(seats[0][0].measure_noise.remote(rollouts, most)))
             hand_out(
                 tally.missing,
                 submit,
@@ -91,13 +97,21 @@ class _Scorer:
 
     def score(self, number: int, rollouts: dict[int, Rollout]) -> Scored:
         """The files of a part and its note."""
-        if self._teacher is None:
-            self._teacher = load_teacher(self._plan)
+        self._load()
         scored = score_part(
             self._plan, self._teacher, number, lambda tokens, positions: None, rollouts=rollouts, on_bad=self._on_bad
         )
         contents = part_files(self._plan, scored)
         return contents, note_of(self._plan, scored, contents)
+
+    def measure_noise(self, rollouts: list[Rollout], most: float | None) -> Noise:
+        """The noise of the engine here."""
+        self._load()
+        return measure_noise(self._plan, self._teacher, rollouts, most)
+
+    def _load(self) -> None:
+        if self._teacher is None:
+            self._teacher = load_teacher(self._plan)
 
 
 @contextmanager

@@ -8,14 +8,16 @@ from __future__ import annotations
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from lopd_store.noise import Noise, probe
 from lopd_store.plan import Plan
+from lopd_store.rollouts import Rollout
 from lopd_store.scoring import DoneNote, is_done, read_note
 from lopd_store.teachers import Teacher, http, load
 
@@ -161,6 +163,13 @@ def load_teacher(plan: Plan) -> Teacher:
         k_min=plan.encoding.k_min,
         coverage=plan.encoding.coverage,
     )
+
+
+def measure_noise(plan: Plan, teacher: Teacher, rollouts: Iterable[Rollout], most: float | None) -> Noise:
+    """The noise of the engine on some of these rollouts; raises DataError where it is too large."""
+    longest = teacher.context_length
+    fitting = [rollout for rollout in rollouts if longest is None or len(rollout.token_ids) <= longest]
+    return probe(teacher, fitting, plan.encoding.k_max, most=most)
 
 
 def check_servers(plan: Plan, *, weights: bool) -> None:

@@ -22,12 +22,20 @@ from lopd_store import models
 from lopd_store.building import read_noise, write_noise
 from lopd_store.cluster import score_on_ray
 from lopd_store.errors import InputError, UnavailableError
-from lopd_store.handout import Interrupts, OnNote, OnProgress, Tally, hand_out, load_teacher, torch_threads
-from lopd_store.noise import probe
+from lopd_store.handout import (
+    Interrupts,
+    OnNote,
+    OnProgress,
+    Tally,
+    hand_out,
+    load_teacher,
+    measure_noise,
+    torch_threads,
+)
+from lopd_store.noise import Noise
 from lopd_store.plan import Plan
 from lopd_store.scoring import DoneNote, keep_part, read_rollouts, score_part
 from lopd_store.survey import OnBad
-from lopd_store.teachers import Teacher
 
 OnPart = Callable[[int], None]  # the number of a part that is written
 
@@ -59,17 +67,17 @@ def score_parts(
         if on_part is not None:
             on_part(number)
 
-    teacher = None if read_noise(building) is not None else _probe(plan, building, tally.missing[0], max_noise)
-    if ray is not None or workers != 1:
-        teacher = None  # the workers load their own
     with Interrupts(on_note) as interrupts:
         if ray is not None:
-            score_on_ray(plan, building, tally, finish, interrupts, address=ray, workers=workers, on_bad=on_bad)
+            score_on_ray(
+                plan, building, tally, finish, interrupts, address=ray, workers=workers, on_bad=on_bad, most=max_noise
+            )
         elif workers == 1:
-            _score_here(plan, building, tally, finish, interrupts, on_bad, teacher)
+            _score_here(plan, building, tally, finish, interrupts, on_bad, max_noise)
         else:
             assert workers is not None
-            _score_in_processes(plan, building, tally, finish, interrupts, min(workers, len(tally.missing)), on_bad)
+            width = min(workers, len(tally.missing))
+            _score_in_processes(plan, building, tally, finish, interrupts, width, on_bad, max_noise)
         if interrupts.asked:
             raise KeyboardInterrupt
 
@@ -100,18 +108,6 @@ def _teacher_bytes(plan: Plan) -> int:
     return sum(size * (2 if gguf is None else 8) for size, gguf in sizes)
 
 
-def _probe(plan: Plan, building: Path, number: int, max_noise: float | None) -> Teacher:
-    """The teacher, loaded, after its noise on this part is measured and noted."""
-    with torch_threads(plan.threads):
-        teacher = load_teacher(plan)
-        rollouts = read_rollouts(plan, number).values()
-        fitting = [
-            one for one in rollouts if teacher.context_length is None or len(one.token_ids) <= teacher.context_length
-        ]
-        write_noise(building, probe(teacher, fitting, plan.encoding.k_max, most=max_noise))
-    return teacher
-
-
 def _score_here(
     plan: Plan,
     building: Path,
@@ -119,7 +115,7 @@ def _score_here(
     finish: Callable[[int, DoneNote], None],
     interrupts: Interrupts,
     on_bad: OnBad,
-    teacher: Teacher | None,
+    max_noise: float | None,
 ) -> None:
     """One part after the other; while the teacher scores one, the one before it is written."""
     writing: tuple[int, Future[DoneNote]] | None = None
@@ -131,7 +127,10 @@ def _score_here(
             writing[1].result()  # an error stops the build at once
 
     with torch_threads(plan.threads), ThreadPoolExecutor(1) as behind:
-        teacher = teacher or load_teacher(plan)
+        teacher = load_teacher(plan)
+        if read_noise(building) is None:
+            rollouts = read_rollouts(plan, tally.missing[0]).values()
+            write_noise(building, measure_noise(plan, teacher, rollouts, max_noise))
         for number in tally.missing:
             if interrupts.asked:
                 break
@@ -152,6 +151,7 @@ def _score_in_processes(
     interrupts: Interrupts,
     workers: int,
     on_bad: OnBad,
+    max_noise: float | None,
 ) -> None:
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 3)
@@ -162,11 +162,29 @@ def _score_in_processes(
         with _interrupts_held_back():
             return pool.submit(_work, number)
 
+    def submit_probe(number: int) -> Future[Noise]:
+        """The first worker measures the noise; the others load their teachers meanwhile."""
+        with _interrupts_held_back():
+            measured = pool.submit(_measure_noise, number, max_noise)
+            for _ in range(workers - 1):
+                pool.submit(_load_teacher)
+        return measured
+
     def tick() -> None:
         tally.scored = list(counts[:])
         tally.report()
 
     try:
+        if read_noise(building) is None:
+            first = tally.missing[:1]
+            hand_out(
+                first,
+                submit_probe,
+                lambda _, noise: write_noise(building, noise),
+                width=1,
+                interrupts=interrupts,
+                tick=tick,
+            )
         hand_out(tally.missing, submit, finish, width=workers, interrupts=interrupts, tick=tick)
     except KeyboardInterrupt:
         ours.close()  # which ends those that are still at work
@@ -216,7 +234,18 @@ def _work(number: int) -> DoneNote:
                 counts[index] += more
 
     plan: Plan = _worker["plan"]
-    if "teacher" not in _worker:  # here and not at the start, where an error would be lost
-        _worker["teacher"] = load_teacher(plan)
+    _load_teacher()
     scored = score_part(plan, _worker["teacher"], number, on_scored, on_bad=_worker["on_bad"])
     return keep_part(plan, _worker["building"], scored)
+
+
+def _measure_noise(number: int, most: float | None) -> Noise:
+    plan: Plan = _worker["plan"]
+    _load_teacher()
+    return measure_noise(plan, _worker["teacher"], read_rollouts(plan, number).values(), most)
+
+
+def _load_teacher() -> None:
+    """Load this worker's teacher, once; not where the process starts, where an error would be lost."""
+    if "teacher" not in _worker:
+        _worker["teacher"] = load_teacher(_worker["plan"])
