@@ -250,7 +250,9 @@ def build(
     device: DeviceOption = None,
     workers: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Processes; by default one per processor.", rich_help_panel=RUNNING),
+        typer.Option(
+            metavar="N", min=1, help="Processes; by default one per GPU or processor.", rich_help_panel=RUNNING
+        ),
     ] = None,
     threads: Annotated[
         int, typer.Option(metavar="N", min=1, help="CPU threads of each worker.", rich_help_panel=RUNNING)

@@ -49,7 +49,11 @@ ArtifactArgument = Annotated[
 DtypeOption = Annotated[Dtype, typer.Option(metavar="DTYPE", help=choices(Dtype), rich_help_panel=RUNNING)]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(metavar="DEVICE", help="cpu or cuda; by default cuda where there is one.", rich_help_panel=RUNNING),
+    typer.Option(
+        metavar="DEVICE",
+        help="cpu, cuda, or auto: several GPUs; by default cuda where there is one.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 SignedByOption = Annotated[
     str | None, typer.Option(metavar="KEY", help="Only if this public key, or the one in this file, has signed it.")

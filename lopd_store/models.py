@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,8 @@ def load_tokenizer(files: ModelFiles) -> Any:
 def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu") -> Any:
     """The causal language model, in evaluation mode, all weights in `dtype` on `device`.
 
-    Raises DataError where a weight is missing: transformers would make it up and go on.
+    `auto` is as many devices as it takes, layer after layer, by accelerate. Raises DataError where a weight is missing:
+    transformers would make it up and go on.
     """
     import torch
     from safetensors import SafetensorError
@@ -100,6 +102,7 @@ def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu"
 
     options = _options(files) | ({"use_safetensors": True} if files.gguf_file is None else {})
     options |= {"dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"device_map": "auto"} if device == "auto" else {}
     try:
         with without_bars():
             model, found = AutoModelForCausalLM.from_pretrained(files.directory, **options)
@@ -113,7 +116,7 @@ def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu"
             expected=f"a {type(model).__name__} with every weight",
             actual=f"{len(lacking)} are missing or of another shape, such as `{lacking[0]}`",
         )
-    return model.to(device).eval()
+    return (model if device == "auto" else model.to(device)).eval()
 
 
 def _with_adapter(model: Any, files: ModelFiles) -> Any:
@@ -180,7 +183,7 @@ def split(model: Any) -> SplitModel:
         values = values if scale == 1 else values * scale
         return values if cap is None else cap * torch.tanh(values / cap)
 
-    probe = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+    probe = torch.arange(8, device=model.device)[None] % head.weight.shape[0]
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -191,7 +194,7 @@ def split(model: Any) -> SplitModel:
     differences = []
     for scale, cap in _finishes(model.config):
         with torch.no_grad():
-            actual = logits(hidden, scale, cap)
+            actual = logits(hidden, scale, cap).to(expected.device)
         if torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             return SplitModel(
                 body=body, logits=partial(logits, scale=scale, cap=cap), output_width=head.weight.shape[0]
@@ -245,11 +248,15 @@ def default_device() -> str:
 
 
 def pick_device(asked: str | None) -> str:
-    """The device asked for, or the default; raises InputError where torch cannot use it."""
+    """The device asked for, or the default; raises InputError where torch cannot use it. `auto` is several."""
     import torch
 
     if asked is None:
         return default_device()
+    if asked == "auto":
+        if find_spec("accelerate") is None:
+            raise InputError("the device `auto` needs accelerate", hint="pip install accelerate")
+        return asked
     try:
         torch.empty(0, device=asked)
     except (RuntimeError, AssertionError) as error:

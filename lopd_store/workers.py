@@ -82,8 +82,13 @@ def score_parts(
             raise KeyboardInterrupt
 
 
+def gpu_of_worker(index: int, gpus: Sequence[str]) -> str:
+    """The GPU of a worker, counted from 0: each its own, where there are enough."""
+    return gpus[index % len(gpus)]
+
+
 def count_workers(asked: int | None, plan: Plan, parts: int) -> int:
-    """How many processes to use: as many as asked for, else one per processor; never more than there are parts.
+    """How many processes to use: as many as asked for, else one per GPU or processor; never more than there are parts.
 
     Each holds the whole teacher, so unasked there are only as many as fit into half of the memory that is free.
     """
@@ -91,10 +96,21 @@ def count_workers(asked: int | None, plan: Plan, parts: int) -> int:
         if asked < 1:
             raise InputError("`workers` is out of range", expected="1 or more", actual=asked)
         return min(asked, parts)
-    if plan.device != "cpu" or plan.inputs.scoring.engine != "transformers":
+    engine = plan.inputs.scoring.engine
+    if plan.device == "cuda" and engine != "http":
+        return max(1, min(len(_gpus()), parts))
+    if plan.device != "cpu" or engine != "transformers":
         return 1
     fit = _free_memory() // 2 // _teacher_bytes(plan)
     return max(1, min((os.cpu_count() or 1) // plan.threads, fit, parts))
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that `CUDA_VISIBLE_DEVICES` has for them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _free_memory() -> int:
@@ -156,7 +172,9 @@ def _score_in_processes(
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 3)
     ours, theirs = context.Pipe()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (plan, building, on_bad, counts, theirs))
+    pool = ProcessPoolExecutor(
+        workers, context, _start_worker, (plan, building, on_bad, counts, context.Value("i"), theirs)
+    )
 
     def submit(number: int) -> Future[DoneNote]:
         with _interrupts_held_back():
@@ -211,10 +229,14 @@ def _interrupts_held_back() -> Iterator[None]:
 _worker: dict[str, Any] = {}  # what one worker process keeps between parts
 
 
-def _start_worker(plan: Plan, building: Path, on_bad: OnBad, counts: Any, parent: Connection) -> None:
+def _start_worker(plan: Plan, building: Path, on_bad: OnBad, counts: Any, started: Any, parent: Connection) -> None:
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    if plan.device == "cuda":  # before anything asks which there are
+        with started.get_lock():
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of_worker(started.value, _gpus())
+            started.value += 1
     import torch
 
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(plan.threads)
     _worker.update(plan=plan, building=building, on_bad=on_bad, counts=counts)
 

@@ -32,7 +32,7 @@ _NOTHING = -200.0  # nat; its exponential is 0 in float32
 
 
 class TransformersTeacher:
-    """A teacher run by transformers on one device, and beside it the reference policy where one is named."""
+    """A teacher run by transformers on one device or several, and beside it the reference policy where one is named."""
 
     def __init__(
         self, model: str, *, vocab_size: int, dtype: str, device: str, batch_tokens: int, reference: str | None = None
@@ -41,8 +41,8 @@ class TransformersTeacher:
             models.load_model(models.find(name), dtype=dtype, device=device) for name in (model, reference) if name
         ]
         self._splits = [models.split(one) for one in loaded]
+        self._devices = [one.device for one in loaded]  # where their input goes
         self._vocab_size = vocab_size
-        self._device = device
         self._batch_tokens = batch_tokens
         self.scoring = Scoring(engine="transformers", dtype=dtype)
         lengths = [length for one in loaded if (length := models.context_length(one.config)) is not None]
@@ -102,16 +102,15 @@ class TransformersTeacher:
         ids = torch.zeros(len(rollouts), max(lengths), dtype=torch.long)
         for row, (rollout, length) in enumerate(zip(rollouts, lengths, strict=True)):
             ids[row, :length] = torch.from_numpy(rollout.token_ids.astype(np.int64))
-        ids = ids.to(self._device)
         before = []
-        for split in self._splits:
-            hidden = split.body(input_ids=ids, use_cache=False).last_hidden_state
+        for split, device in zip(self._splits, self._devices, strict=True):
+            hidden = split.body(input_ids=ids.to(device), use_cache=False).last_hidden_state
             # The distribution over token t is computed at token t - 1: this is the one place where the two meet.
             states = [hidden[row, len(r.prompt_ids) - 1 : lengths[row] - 1] for row, r in enumerate(rollouts)]
             before.append(torch.cat(states))
             del hidden, states
         targets = torch.cat([ids[row, len(r.prompt_ids) : lengths[row]] for row, r in enumerate(rollouts)])
-        return self._map_chunks(before, targets, compute)
+        return self._map_chunks(before, targets.to(before[0].device), compute)
 
     def _map_chunks(
         self, hidden: list[torch.Tensor], targets: torch.Tensor, compute: Callable[..., Columns]
@@ -123,7 +122,7 @@ class TransformersTeacher:
         for start in range(0, max(len(targets), 1), chunk):
             some = slice(start, start + chunk)
             logits = [
-                torch.split(split.logits(states[some]), rows)
+                torch.split(split.logits(states[some]).to(targets.device), rows)
                 for split, states in zip(self._splits, hidden, strict=True)
             ]
             pieces += [compute(*block) for block in zip(torch.split(targets[some], rows), *logits, strict=True)]

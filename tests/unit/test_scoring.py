@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopd_store
-from lopd_store import layout
+from lopd_store import layout, models
 from lopd_store.encoding import make_encoding
 from lopd_store.errors import DataError, UnavailableError
 from lopd_store.grid import Grid
@@ -26,6 +26,7 @@ from lopd_store.teachers import RolloutScores, load
 from lopd_store.teachers import transformers as engine
 from lopd_store.teachers.transformers import TransformersTeacher, batches, score_logits
 from lopd_store.topk import Candidates
+from lopd_store.workers import gpu_of_worker
 from tests.artifacts import random_pairs, rollout, save_rollouts
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.unit.conftest import LENGTHS, PART_POSITIONS
@@ -512,3 +513,25 @@ def test_an_error_that_is_not_about_memory_passes_through(teacher_dir: Path) -> 
     teacher = load_teacher(teacher_dir)
     with pytest.raises(IndexError):  # the engine is for ids that the model has; `build` has looked
         list(teacher.score([rollout([7], [400])], K))
+
+
+# Devices
+
+
+def test_a_teacher_on_whatever_devices_there_are_gives_the_scores_of_one(
+    teacher_dir: Path, scores: list[RolloutScores]
+) -> None:
+    spread = TransformersTeacher(
+        str(teacher_dir), vocab_size=VOCAB_SIZE, dtype="float32", device=models.pick_device("auto"), batch_tokens=64
+    )
+    for index, found in spread.score(ROLLOUTS, K):
+        np.testing.assert_array_equal(found.sampled_logprobs, scores[index].sampled_logprobs)
+        np.testing.assert_array_equal(found.candidates.logprobs, scores[index].candidates.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted"),
+    [(["0", "1"], ["0", "1", "0"]), (["3"], ["3", "3", "3"]), (["GPU-a", "5", "6"], ["GPU-a", "5", "6"])],
+)
+def test_every_worker_has_a_gpu_of_its_own_where_there_are_enough(gpus: list[str], wanted: list[str]) -> None:
+    assert [gpu_of_worker(index, gpus) for index in range(3)] == wanted
