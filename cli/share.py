@@ -46,7 +46,10 @@ def push(
 @app.command()
 def pull(
     place: Annotated[
-        str, typer.Argument(metavar="OWNER/NAME", help="A dataset repository on the Hub, with @REV or not; or a URL.")
+        str,
+        typer.Argument(
+            metavar="OWNER/NAME", help="A dataset repository on the Hub, with @REV or not; a URL; or a fingerprint."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The directory to make; by default it goes into the cache.")

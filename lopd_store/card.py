@@ -52,7 +52,7 @@ def render_card(manifest: Manifest, fingerprint: str, *, plots: Sequence[str] = 
         megabytes=sum(sizes) / 1e6,
         bytes_per_position=sum(sizes) / max(manifest.counts.positions, 1),
     )
-    return _join(_metadata(manifest), f"\n{_BEGIN}\n\n{text}\n{_END}\n")
+    return _join(_metadata(manifest, fingerprint), f"\n{_BEGIN}\n\n{text}\n{_END}\n")
 
 
 def merge_card(generated: str, edited: str) -> str:
@@ -72,13 +72,16 @@ def merge_card(generated: str, edited: str) -> str:
     return _join(metadata, before + block + after)
 
 
-def search_tags(*, teachers: Iterable[str] = (), tokenizer: str | None = None) -> list[str]:
-    """The tags by which an artifact of these teachers (digests of weights) and tokenizer (its digest) is found."""
-    named = [f"{_TAG}-teacher-{digest[7:19]}" for digest in dict.fromkeys(teachers)]
-    return [_TAG, *named, *([] if tokenizer is None else [f"{_TAG}-tokenizer-{tokenizer[7:19]}"])]
+def search_tags(
+    *, fingerprint: str | None = None, teachers: Iterable[str] = (), tokenizer: str | None = None
+) -> list[str]:
+    """The tags by which an artifact is found: by its name, its teachers' weights, its tokenizer, each a digest."""
+    digests = [("artifact", fingerprint), *(("teacher", one) for one in teachers), ("tokenizer", tokenizer)]
+    named = [f"{_TAG}-{what}-{digest[7:19]}" for what, digest in digests if digest is not None]
+    return [_TAG, *dict.fromkeys(named)]
 
 
-def _metadata(manifest: Manifest) -> dict[str, Any]:
+def _metadata(manifest: Manifest, fingerprint: str) -> dict[str, Any]:
     """What the Hub reads of a card: nothing in it is text of strangers but ids of models that can be ids."""
     inputs = manifest.inputs
     policies = [one.rollouts.policy for one in inputs if one.rollouts]
@@ -88,7 +91,11 @@ def _metadata(manifest: Manifest) -> dict[str, Any]:
     license = licenses.pop() if len(licenses) == 1 and all(map(_LICENSE.fullmatch, licenses)) else None
     return {
         "tags": [
-            *search_tags(teachers=[one.teacher.weights for one in inputs], tokenizer=inputs[0].teacher.tokenizer),
+            *search_tags(
+                fingerprint=fingerprint,
+                teachers=[one.teacher.weights for one in inputs],
+                tokenizer=inputs[0].teacher.tokenizer,
+            ),
             "distillation",
         ],
         **({"license": license} if license else {}),

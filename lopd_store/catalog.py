@@ -2,8 +2,9 @@
 
     search(owner="acme")
     search(teacher="Qwen/Qwen3-8B")          # whose teacher is the one that wrote my SFT data
+    locate("sha256:…")                       # a repository that has this very artifact
 
-A push writes the beginnings of two digests into the card as tags, and the Hub finds repositories by them. A tag is a
+A push writes the beginnings of three digests into the card as tags, and the Hub finds repositories by them. A tag is a
 claim: the manifest of each is read, a few kilobytes, and has the last word.
 """
 
@@ -21,6 +22,8 @@ from lopd_store.hub import hub_errors, tag_of
 from lopd_store.identity import identify, tokenizer_digest
 from lopd_store.reader import Artifact, open_source
 from lopd_store.sources import HubSource
+
+_MOST_COPIES = 50  # of one artifact that are looked at, as anybody may claim to have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +60,33 @@ def search(
 
     `teacher` and `tokenizer` are models, whose digests are computed, or digests themselves: of weights, of a tokenizer.
     """
-    from huggingface_hub import HfApi
-
     if owner is None and teacher is None and tokenizer is None:
         raise InputError("nothing to search for", hint="name an owner, a teacher or a tokenizer")
     weights = None if teacher is None else str(teacher) if is_digest(str(teacher)) else identify(teacher).weights
     vocabulary = None if tokenizer is None else _tokenizer_digest(str(tokenizer))
     tags = search_tags(teachers=[] if weights is None else [weights], tokenizer=vocabulary)
-    with hub_errors(owner or "the Hub"):
-        repositories = [info.id for info in HfApi().list_datasets(author=owner, filter=tags, limit=limit)]
-    every = [_read(repository) for repository in repositories]
+    every = [_read(repository) for repository in _repositories(owner, tags, limit)]
     return [one for one in every if one.artifact is None or _fits(one.artifact, weights, vocabulary)]
+
+
+def locate(fingerprint: str) -> str:
+    """A repository of the Hub whose artifact now is the one with this fingerprint; raises InputError where none is."""
+    for repository in _repositories(None, search_tags(fingerprint=fingerprint), limit=_MOST_COPIES):
+        found = _read(repository)
+        if found.artifact is not None and found.artifact.fingerprint == fingerprint:
+            return repository
+    raise InputError(
+        f"no repository on the Hub is known to hold `{fingerprint}`",
+        hint="name the repository: an artifact that another one has replaced there is found by its tag alone",
+    )
+
+
+def _repositories(owner: str | None, tags: list[str], limit: int) -> list[str]:
+    """The names of the repositories that have all these tags."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(owner or "the Hub"):
+        return [info.id for info in HfApi().list_datasets(author=owner, filter=tags, limit=limit)]
 
 
 def _read(repository: str) -> Found:

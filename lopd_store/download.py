@@ -2,6 +2,7 @@
 
     pull("acme/dapo-17k-qwen3-8b", output="artifact", fingerprint="sha256:…")
     pull("acme/dapo-17k-qwen3-8b@lopd-0123456789ab", only="sampled")        # into the cache
+    pull("sha256:…")        # from wherever it is on the Hub
 
 The manifest comes first; what the source says of its files is compared with it before any is downloaded, and each part
 is verified as soon as it is there, beside the download of the next. Until all are right they lie in `output.pulling`,
@@ -10,15 +11,18 @@ where an interrupted pull goes on.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lopd_store import layout, signatures, sources
 from lopd_store.cache import cache_directory
+from lopd_store.catalog import locate
 from lopd_store.digest import is_digest
 from lopd_store.durable import sync_directory, write_durably
 from lopd_store.errors import ArtifactError, InputError
@@ -50,12 +54,16 @@ def pull(
 ) -> Artifact:
     """Download an artifact, verify it, and only then let it appear at `output`, or in the cache; returns it opened.
 
-    `place` is OWNER/NAME, with `@REVISION` or not (a tag, a branch or a commit), or a URL. Given a fingerprint, its tag
-    is fetched and any other artifact refused; given a public key or its file as `signed_by`, likewise one that the key
-    has not signed; both before a part is downloaded. `only="sampled"` leaves out top-k and tables, `parts` all other
-    parts; the copy says so, and verifies by itself. `on_download` and `on_bytes` hear (bytes so far, bytes in
-    all) of the download and of the verification.
+    `place` is OWNER/NAME, with `@REVISION` or not (a tag, a branch or a commit), a URL, or a fingerprint, for which a
+    repository is looked up. Given a fingerprint beside a place, its tag is fetched and any other artifact refused;
+    given a public key or its file as `signed_by`, likewise one that the key has not signed; both before a part is
+    downloaded. `only="sampled"` leaves out top-k and tables, `parts` all other parts; the copy says so, and verifies
+    by itself. `on_download` and `on_bytes` hear (bytes so far, bytes in all) of the download and of the verification.
     """
+    if is_digest(place):
+        if fingerprint not in (None, place):
+            raise InputError("two artifacts are asked for", actual=f"{place} and {fingerprint}"[:200])
+        place, fingerprint = locate(place), place
     if fingerprint is not None and not is_digest(fingerprint):
         raise InputError("`fingerprint` is not one", expected="sha256:<64 lowercase hex>", actual=fingerprint[:100])
     if output is not None and Path(output).exists():
@@ -69,25 +77,59 @@ def pull(
     with _saying_where(place):
         remote = open_source(source, fingerprint=fingerprint)
         view = choose(remote.view, only, parts)
+        signed = source.read(layout.SIGNATURES, _MAX_SMALL_BYTES)
+        if signer is not None:
+            signatures.require(() if signed is None else signatures.parse(signed), remote.fingerprint, signer)
         target = _place_in_cache(remote, view) if output is None else Path(output)
         if output is None and target.exists():
             return open(target)
         pulling = target.with_name(target.name + layout.PULLING_SUFFIX)
-        _start_or_resume(pulling, f"{source.state} {view.to_json(remote.fingerprint)}")
-        with _removing_what_is_wrong(pulling):
-            write_durably(pulling / layout.MANIFEST, remote.manifest_bytes)
-            if (found := source.read(layout.SIGNATURES, _MAX_SMALL_BYTES)) is not None:
-                write_durably(pulling / layout.SIGNATURES, found)
-            if signer is not None:
-                signatures.require(signatures.read(pulling), remote.fingerprint, signer)
-            if not view.is_whole(remote.manifest):
-                write_view(pulling, view, remote.fingerprint)
-            with _downloads(source, remote.manifest, view, pulling, on_download) as arriving:
-                verify(pulling, signed_by=signer, on_bytes=on_bytes, arriving=arriving).require_ok()
-    shutil.rmtree(pulling / _CLIENT_NOTES)
-    pulling.rename(target)
-    sync_directory(target.parent)
+        with _alone(pulling):
+            if not target.exists():
+                _start_or_resume(pulling, f"{source.state} {view.to_json(remote.fingerprint)}")
+                _pull(source, remote, view, signed, pulling, on_download, on_bytes)
+                pulling.rename(target)
+                sync_directory(target.parent)
+            elif output is not None:  # another pull has just made it
+                raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
     return open(target)
+
+
+def _pull(
+    source: sources.Source,
+    remote: Artifact,
+    view: View,
+    signed: bytes | None,
+    pulling: Path,
+    on_download: OnBytes | None,
+    on_bytes: OnBytes | None,
+) -> None:
+    """Make the directory of the pull in progress hold this view of the artifact, verified."""
+    with _removing_what_is_wrong(pulling):
+        write_durably(pulling / layout.MANIFEST, remote.manifest_bytes)
+        if signed is not None:
+            write_durably(pulling / layout.SIGNATURES, signed)
+        if not view.is_whole(remote.manifest):
+            write_view(pulling, view, remote.fingerprint)
+        with _downloads(source, remote.manifest, view, pulling, on_download) as arriving:
+            verify(pulling, on_bytes=on_bytes, arriving=arriving).require_ok()
+    shutil.rmtree(pulling / _CLIENT_NOTES)
+
+
+@contextmanager
+def _alone(pulling: Path) -> Iterator[None]:
+    """Wait until nobody else pulls to there. The lock is the system's, so a pull that was killed leaves none."""
+    path = pulling.with_name(pulling.name + ".lock")
+    while True:
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file.fileno(), path):
+                continue  # who had it has removed the file since, and somebody else may lock a new one
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 @contextmanager
@@ -128,6 +170,13 @@ def _arriving(view: View, coming: Mapping[str, Future[None]]) -> Iterator[int]:
             if (future := coming.get(layout.part_file(number, kind))) is not None:
                 future.result()
         yield number
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an opened file is still the one of this name."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 class _Stopped(BaseException):

@@ -71,6 +71,28 @@ def test_a_repository_that_only_claims_to_be_an_artifact_is_named_on_stderr(
     assert "acme/text" not in ran.stdout and "acme/art" in ran.stdout
 
 
+def test_an_artifact_is_pulled_by_its_bare_fingerprint(
+    hub: HubServer, pushed: lopd_store.Artifact, unknown: Path, tmp_path: Path
+) -> None:
+    repo = hub.repo("acme/art")  # whose card says so, but whose manifest is another one now
+    manifest = File.regular((unknown / "manifest.json").read_bytes())
+    repo.commit("main", {**repo.at("main").files, "manifest.json": manifest}, title="a lie")
+    ran = run_command("lopd-store", "pull", pushed.fingerprint, "--output", tmp_path / "pulled", "--json")
+    assert (ran.code, ran.json["fingerprint"]) == (0, pushed.fingerprint), ran.stderr
+    parts = [path for method, path in hub.requests if method == "GET" and "/parts/" in path]
+    assert parts and all("/lab/art/" in path for path in parts)
+    with pytest.raises(InputError, match="two artifacts are asked for"):
+        lopd_store.pull(pushed.fingerprint, fingerprint="sha256:" + "0" * 64, output=tmp_path / "never")
+
+
+def test_a_fingerprint_that_nobody_has_is_a_usage_error(hub: HubServer, tmp_path: Path) -> None:
+    fingerprint = "sha256:" + "0" * 64
+    ran = run_command("lopd-store", "pull", fingerprint, "--output", tmp_path / "pulled")
+    assert (ran.code, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(f"error: no repository on the Hub is known to hold `{fingerprint}`\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_search_for_nothing_is_a_usage_error(hub: HubServer) -> None:
     with pytest.raises(InputError, match="nothing to search for"):
         lopd_store.search()

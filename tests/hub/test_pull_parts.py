@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import pytest
 import lopd_store
 from lopd_store import layout
 from lopd_store.errors import ArtifactError, InputError
-from tests.commands import run_command
+from lopd_store.signatures import make_key
+from tests.commands import run_command, run_process
 from tests.hub.server import HubServer
 
 REPO = "acme/art"
@@ -34,6 +37,19 @@ def fetched(hub: HubServer) -> set[str]:
     """The part files that were downloaded."""
     paths = {path.partition("/parts/")[2] for method, path in hub.requests if method == "GET" and "/parts/" in path}
     return {f"parts/{path}" for path in paths}
+
+
+def hold_until_two_have_begun(hub: HubServer) -> None:
+    """Let two pulls come as far as the manifest before either goes on."""
+    both_are_there = threading.Barrier(2)
+    arrived: list[str] = []
+
+    def hold(method: str, path: str) -> None:
+        if path.endswith("/manifest.json") and method == "GET" and len(arrived) < 2:
+            arrived.append(path)
+            both_are_there.wait(60)
+
+    hub.fault = hold
 
 
 @pytest.mark.parametrize(
@@ -92,6 +108,48 @@ def test_without_an_output_it_goes_into_the_cache_once(hub: HubServer, pushed: s
     assert sampled.path != first.path and not sampled.view.has_topk
     assert fetched(hub) == {layout.part_file(number, layout.TOKENS) for number in range(4)}
     assert lopd_store.pull(REPO, only="sampled").path == sampled.path
+
+
+def test_two_processes_that_pull_the_same_into_the_cache_both_have_it(
+    hub_server: HubServer, hub_env: dict[str, str], pushed: str, tmp_path: Path
+) -> None:
+    env = hub_env | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    hold_until_two_have_begun(hub_server)
+    with ThreadPoolExecutor() as pool:
+        ran = list(pool.map(lambda _: run_process("lopd-store", "pull", REPO, "--json", env=env), range(2)))
+    assert [one.code for one in ran] == [0, 0], ran
+    assert ran[0].json == ran[1].json and ran[0].json["fingerprint"] == pushed
+    directory = tmp_path / "cache" / "lopd" / "artifacts"
+    assert [path.name for path in directory.iterdir()] == [pushed.removeprefix("sha256:")]
+    assert lopd_store.verify(directory / pushed.removeprefix("sha256:")).ok
+    parts = [path for method, path in hub_server.requests if method == "GET" and "/parts/" in path]
+    assert len(parts) == len(set(parts)) == 12  # the second took what the first had made
+
+
+def test_an_output_that_another_pull_makes_meanwhile_is_not_overwritten(
+    hub: HubServer, pushed: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "pulled"
+    hold_until_two_have_begun(hub)
+
+    def pull(_: int) -> object:
+        try:
+            return lopd_store.pull(REPO, output=output)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        results = sorted(pool.map(pull, range(2)), key=lambda result: isinstance(result, InputError))
+    assert isinstance(results[0], lopd_store.Artifact) and str(results[1]).startswith(f"`{output}` exists")
+    assert [path.name for path in tmp_path.iterdir()] == ["pulled"] and lopd_store.verify(output).ok
+
+
+def test_a_copy_in_the_cache_does_not_stand_for_a_signature(
+    hub: HubServer, pushed: str, cache: Path, tmp_path: Path
+) -> None:
+    lopd_store.pull(REPO)
+    with pytest.raises(ArtifactError, match="there is no signature by the key"):
+        lopd_store.pull(REPO, signed_by=make_key(tmp_path / "alice"))
 
 
 def test_a_name_may_carry_its_revision(hub: HubServer, unknown: Path, pushed: str, tmp_path: Path) -> None:

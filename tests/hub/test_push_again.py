@@ -242,9 +242,8 @@ def test_a_push_interrupted_by_its_user_goes_on(hub: HubServer, sealed: Path, as
 def test_what_people_wrote_into_the_card_on_the_hub_stays(hub: HubServer, artifact: Path) -> None:
     lopd_store.push(artifact, REPO)
     text = hub.files(REPO)["README.md"].decode()
-    edited = (
-        text.replace("tags:\n- lopd\n", "license: cc-by-4.0\ntags:\n- mine\n- lopd\n", 1) + "\n## Thanks\n\nTo all.\n"
-    )
+    theirs = "license: cc-by-4.0\nlanguage:\n- en\ntags:\n- mine\n- lopd\n"
+    edited = text.replace("tags:\n- lopd\n", theirs, 1) + "\n## Thanks\n\nTo all.\n"
     edited = edited.replace("\n<!-- lopd", "\nRead this first.\n\n<!-- lopd", 1).replace(
         "| fingerprint |", "| changed |"
     )
@@ -256,7 +255,8 @@ def test_what_people_wrote_into_the_card_on_the_hub_stays(hub: HubServer, artifa
     assert f"| fingerprint | `{fingerprint}` |" in card.text and "| changed |" not in card.text
     assert vars(card.data)["license"] == "cc-by-4.0"
     assert {"lopd", "mine", "distillation"} <= set(vars(card.data)["tags"])
-    assert len(vars(card.data)["tags"]) == 5
+    assert len(vars(card.data)["tags"]) == 6
+    assert vars(card.data)["language"] == ["en"]  # which we cannot know
 
 
 def test_a_card_edited_here_goes_there(hub: HubServer, artifact: Path) -> None:

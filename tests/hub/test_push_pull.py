@@ -508,6 +508,7 @@ def test_the_card_is_one_that_the_hub_understands(hub: HubServer, sealed: Path, 
     teacher = lopd_store.open(sealed).manifest.inputs[0].teacher
     assert vars(card.data)["tags"] == [
         "lopd",
+        f"lopd-artifact-{pushed[7:19]}",
         f"lopd-teacher-{teacher.weights[7:19]}",
         f"lopd-tokenizer-{teacher.tokenizer[7:19]}",
         "distillation",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +226,43 @@ def test_training_reads_from_the_hub(
     )
     assert ran.code == 0, ran.stderr
     assert {name.partition(".")[2] for name in fetched(hub)} == {"tokens.zarr.zip", "topk.zarr.zip"}
+
+
+def test_training_takes_its_first_step_after_one_part(
+    hub: HubServer, sealed: Path, student_dir: Path, url: str, tmp_path: Path
+) -> None:
+    first: list[str] = []
+    before_the_second: list[tuple[bool, int]] = []
+
+    def has_a_line() -> bool:
+        return any(path.stat().st_size for path in tmp_path.rglob("metrics.jsonl"))
+
+    def hold_all_but_the_first_part(method: str, path: str) -> None:
+        if method == "GET" and "/parts/" in path:
+            number = path.rpartition("/")[2].partition(".")[0]
+            first.append(number)
+            if number != first[0]:
+                sent = hub.sent
+                before_the_second.append((wait_for(has_a_line), sent))
+
+    hub.fault = hold_all_but_the_first_part
+    ran = run_command(
+        *("lopd-train", "opd", "--artifact", url, "--student", student_dir, "--output", tmp_path / "trained"),
+        *("--steps", 12, "--batch-rollouts", 1, "--eval-fraction", 0, "--device", "cpu", "--shuffle-parts", 1),
+        "--allow-unknown-sft-teacher",
+    )
+    assert ran.code == 0, ran.stderr
+    assert before_the_second and all(has_begun for has_begun, _ in before_the_second)
+    files = [layout.part_file(int(first[0]), kind) for kind in (layout.TOKENS, layout.TOPK)]
+    assert before_the_second[0][1] < sum((sealed / name).stat().st_size for name in files) + 40_000
+
+
+def wait_for(claim: Callable[[], bool]) -> bool:
+    """Whether it came true within a minute."""
+    deadline = time.monotonic() + 60
+    while not claim() and time.monotonic() < deadline:
+        threading.Event().wait(0.02)
+    return claim()
 
 
 # Other URLs: the same code over fsspec
