@@ -182,6 +182,8 @@ def _upload_parts(
         if on_upload is not None:
             on_upload(sent, total)
 
+    if on_upload is not None and missing:
+        on_upload(0, total)
     verify(artifact.path, on_bytes=on_bytes, on_part=take).require_ok()
     if waiting:
         send()

@@ -114,10 +114,13 @@ def pushed_over(hub: HubServer, first: Path) -> None:
     lopd_store.push(first, REPO)
 
 
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["files as a whole", "files in pieces"])
 @pytest.mark.parametrize("faults", ALL)
 def test_a_push_survives_every_fault_at_every_request(
-    hub: HubServer, sealed: Path, unknown: Path, tmp_path: Path, faults: str
+    hub: HubServer, sealed: Path, unknown: Path, tmp_path: Path, faults: str, in_pieces: bool
 ) -> None:
+    if in_pieces:
+        hub.multipart_size = 1 + max(path.stat().st_size for path in (unknown / "parts").iterdir()) // 3
     pushed_over(hub, sealed)
     hub.requests.clear()
     lopd_store.push(unknown, REPO)
@@ -132,7 +135,7 @@ def test_a_push_survives_every_fault_at_every_request(
         kept = set(hub.lfs_objects)
         hub.requests.clear()
         lopd_store.push(unknown, REPO)
-        sent = {path.removeprefix("/lfs/") for method, path in hub.requests if method == "PUT"}
+        sent = {path.split("/")[2] for method, path in hub.requests if method == "PUT"}
         assert not sent & kept, (number, "was sent twice")
         assert_no_half_artifact(hub)
         shutil.rmtree(tmp_path / "pulled", ignore_errors=True)
@@ -165,6 +168,34 @@ def test_a_pull_survives_every_fault_at_every_request(
             lopd_store.pull(REPO, output=tmp_path / "pulled", fingerprint=fingerprint)
         if error is None or fault != "deleted":
             assert contents(tmp_path / "pulled") == contents(unknown)
+
+
+@pytest.mark.parametrize("faults", ALL)
+def test_an_artifact_read_from_the_hub_survives_every_fault_at_every_request(
+    hub: HubServer, sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 40)
+    url = f"hf://{REPO}@{lopd_store.push(sealed, REPO).tag}"
+    expected = [part.token_ids.tolist() for part in lopd_store.open(sealed).parts()]
+    found: list[list[int]] = []
+
+    def read() -> None:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        found[:] = [part.token_ids.tolist() for part in lopd_store.open(url).parts()]
+
+    hub.requests.clear()
+    read()
+    outcomes = set()
+    for number, fault, lasting in every(len(hub.requests), faults):
+        if ("dataset", REPO) not in hub.repos:
+            lopd_store.push(sealed, REPO)
+        faulty(hub, number, fault, lasting=lasting)
+        error = attempt(read)
+        hub.fault = None
+        assert error is not None or found == expected, (number, fault)
+        outcomes.add(error and error.splitlines()[0])
+    assert len(outcomes) > 1  # the fault was felt
 
 
 def test_a_hub_that_is_too_slow_is_given_up_and_asked_again_later(
