@@ -119,6 +119,7 @@ def generate(
 def plan(
     teacher: Annotated[str, typer.Option(metavar="MODEL", help="As for `build`.")],
     rollouts: Annotated[Path, typer.Option(metavar="FILE", help="As for `build`.")],
+    domain: Annotated[str | None, typer.Option(metavar="NAME", help="As for `build`.")] = None,
     probe: Annotated[int, typer.Option(metavar="N", min=2, help="Rollouts to score, spread over the file.")] = 32,
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="As for `build`.")] = None,
     k_max: Annotated[int, typer.Option(metavar="K", help="As for `build`; others are shown beside it.")] = 64,
@@ -138,6 +139,7 @@ def plan(
         found = lopd_store.estimate(
             teacher=teacher,
             rollouts=rollouts,
+            domain=domain,
             probe=probe,
             reference=reference,
             k_max=k_max,

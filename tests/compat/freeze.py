@@ -18,7 +18,7 @@ from tests.compat.test_released_versions import HERE, decoded
 VECTORS = HERE.parents[1] / "spec" / "vectors" / "valid"
 KEPT = [
     *("adaptive_k", "exact", "teacher_and_reference", "several_parts", "sampled_only_view", "redacted"),
-    *("vocabulary_above_131072", "empty_response", "ties", "consistent_sft"),
+    *("vocabulary_above_131072", "empty_response", "ties", "consistent_sft", "several_domains"),
 ]
 
 

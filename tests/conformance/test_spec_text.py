@@ -28,7 +28,7 @@ from lopd_store.provenance import MAX_DOMAINS
 from lopd_store.weights import tensor_digests, weights_digests
 from tests.conformance import example
 from tests.conformance.text import SPEC, TEXT, block, blocks, tables
-from tests.records import CHECKPOINT, ROLLOUTS, make_manifest
+from tests.records import CHECKPOINT, CODE, MATH, OF_BOTH, ROLLOUTS, make_manifest
 
 SCHEMA = json.loads((SPEC / "manifest.schema.json").read_text(encoding="utf-8"))
 ENCODINGS = [
@@ -88,6 +88,8 @@ def test_manifests_of_every_encoding_and_their_records_are_valid() -> None:
     validator("rollouts_record").validate(ROLLOUTS.to_json())
     validator("rollouts_record").validate(replace(ROLLOUTS, policy_checkpoint=None).to_json())
     validator("checkpoint_record").validate(CHECKPOINT.to_json())
+    validator("manifest").validate(json.loads(manifests.render(make_manifest(inputs=(MATH, CODE)))))
+    validator("rollouts_record").validate(OF_BOTH.to_json())
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,11 @@ def test_manifests_of_every_encoding_and_their_records_are_valid() -> None:
         (("inputs", 0, "sft", "teacher"), None),
         (("inputs", 0, "teacher", "weights"), "sha256:0"),
         (("inputs", 0, "rollouts", "record"), "checkpoint"),
+        (("inputs", 0, "domain"), "Math"),
+        (("inputs", 0, "sft", "domain"), 1),
+        (("inputs", 0, "rollouts", "policy_checkpoint", "sft"), []),
+        (("inputs",), []),
+        (("parts", 0, "input"), 64),
         (("parts",), []),
         (("parts", 0, "files", "topk", "path"), "parts/00000.tokens.zarr.zip"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import lopd_store
 from lopd_store.errors import InputError
 from tests.commands import run_command
+from tests.conformance.text import SPEC
 from tests.hub.repository import File
 from tests.hub.server import HubServer
 
@@ -51,6 +52,21 @@ def test_an_artifact_is_found_by_its_teacher_and_its_tokenizer(
     assert repositories(teacher=identity.weights, tokenizer="sha256:" + "0" * 64) == []
     assert repositories(teacher=identity.weights, owner="lab") == ["lab/art"]
     assert len(run_command("lopd-store", "search", "--teacher", teacher_dir, "--json").json) == 2
+
+
+def test_an_artifact_of_several_domains_is_found_by_any_of_its_teachers(hub: HubServer) -> None:
+    lopd_store.push(SPEC / "vectors" / "valid" / "several_domains", "acme/both")
+    math, code = (
+        one.teacher for one in lopd_store.open(SPEC / "vectors" / "valid" / "several_domains").manifest.inputs
+    )
+    for teacher in (math, code):
+        (row,) = run_command("lopd-store", "search", "--teacher", teacher.weights, "--json").json
+        assert [(one["domain"], one["weights"]) for one in row["teachers"]] == [
+            ("math", math.weights),
+            ("code", code.weights),
+        ]
+    assert repositories(teacher="sha256:" + 64 * "1") == []
+    assert "teacher, coder" in run_command("lopd-store", "list", "acme").stdout
 
 
 def test_a_tag_is_not_believed(hub: HubServer, pushed: lopd_store.Artifact, unknown: Path) -> None:

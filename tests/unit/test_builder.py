@@ -23,7 +23,7 @@ from lopd_store.provenance import UNKNOWN_SFT, CheckpointRecord, RolloutsRecord
 from lopd_store.reader import Artifact
 from lopd_store.rollouts import RolloutsFile
 from tests.artifacts import random_pairs, read_first_part, save_rollouts
-from tests.records import CHECKPOINT, ROLLOUTS, SFT, policy
+from tests.records import CHECKPOINT, ROLLOUTS, SFT, SFT_OF_CODE, SFT_OF_MATH, policy
 from tests.tiny import save_tiny_model, swap_ids
 from tests.unit.conftest import LENGTHS, PART_POSITIONS
 from tests.unit.dense import DenseTeacher
@@ -308,9 +308,16 @@ def test_build_json_says_what_happened_and_not_what_is(sealed: Path) -> None:
 # Provenance
 
 
-def build_with(record: RolloutsRecord | None, teacher_dir: Path, path: Path, *, sft: Path | None = None) -> Artifact:
+def build_with(
+    record: RolloutsRecord | None,
+    teacher_dir: Path,
+    path: Path,
+    *,
+    sft: Path | None = None,
+    domain: str | None = None,
+) -> Artifact:
     rollouts = save_rollouts(path / "with-record.parquet", random_pairs([(3, 4)]), record=record)
-    return build(teacher_dir, rollouts, path / "artifact", sft=sft)
+    return build(teacher_dir, rollouts, path / "artifact", sft=sft, domain=domain)
 
 
 def checkpoint_of(student: ModelIdentity, teacher: ModelIdentity) -> CheckpointRecord:
@@ -368,6 +375,34 @@ def test_sft_data_that_names_nobody_leaves_the_sft_teacher_unknown(
     data = save_rollouts(tmp_path / "sft.parquet", random_pairs([(2, 2)]), record=replace(ROLLOUTS, status="unknown"))
     artifact = build_with(policy(student), teacher_dir, tmp_path, sft=data)
     assert artifact.manifest.inputs[0].sft == replace(UNKNOWN_SFT, data=digest_file(data).sha256)
+
+
+def test_the_sft_teacher_of_a_domain_is_taken_from_the_record_that_is_named(
+    teacher_dir: Path, teacher: ModelIdentity, student: ModelIdentity, tmp_path: Path
+) -> None:
+    math, code = (replace(one, teacher=teacher) for one in (SFT_OF_MATH, SFT_OF_CODE))
+    record = replace(CHECKPOINT, model=student, data=None, sft=(math, code))
+    (tmp_path / PROVENANCE_FILE).write_text(json.dumps(record.to_json()))
+    artifact = build_with(policy(student), teacher_dir, tmp_path, sft=tmp_path, domain="code")
+    (inputs,) = artifact.manifest.inputs
+    assert (inputs.domain, inputs.sft) == ("code", code)
+
+
+def test_a_domain_of_data_without_one_only_names_the_rollouts(
+    teacher_dir: Path, teacher: ModelIdentity, student: ModelIdentity, tmp_path: Path
+) -> None:
+    carried = policy(student, checkpoint_of(student, teacher))
+    (inputs,) = build_with(carried, teacher_dir, tmp_path, domain="math").manifest.inputs
+    assert (inputs.domain, inputs.sft) == ("math", replace(SFT, teacher=teacher))
+
+
+def test_the_only_domain_of_the_sft_data_is_that_of_the_rollouts(
+    teacher_dir: Path, teacher: ModelIdentity, student: ModelIdentity, tmp_path: Path
+) -> None:
+    only = replace(SFT_OF_MATH, teacher=teacher)
+    carried = policy(student, replace(CHECKPOINT, model=student, sft=(only,)))
+    (inputs,) = build_with(carried, teacher_dir, tmp_path).manifest.inputs
+    assert (inputs.domain, inputs.sft) == ("math", only)
 
 
 def test_sft_that_contradicts_the_rollouts_is_refused(

@@ -62,6 +62,8 @@ PLACES: list[tuple[str | int, ...]] = [
     ("inputs", 0, "teacher", "news"),
     ("inputs", 0, "sft", "news"),
     ("inputs", 0, "rollouts", "news"),
+    ("inputs", 0, "rollouts", "policy_checkpoint", "news"),
+    ("inputs", 0, "rollouts", "policy_checkpoint", "sft", 0, "news"),
 ]
 
 
