@@ -61,22 +61,23 @@ def rescore(
     """Score `count` random rollouts of this teacher again; without a seed nobody can know beforehand which.
 
     A090: every stored log-prob is the teacher's within the rounding and the noise. `on_progress` hears (rollouts
-    scored, in all). Raises InputError where the model is not a teacher of the artifact.
+    scored, in all), anew for each dtype. Raises InputError where the model is not a teacher of the artifact.
     """
     inputs = artifact.manifest.inputs
-    scorings = {row: inputs[of].scoring for of in _taught_by(inputs, teacher) for row in artifact.rollouts_of(of)}
+    here = {index: artifact.rollouts_of(index) for index in _taught_by(inputs, teacher)}
     if not count >= 1:
         raise InputError("`rescore` is out of range", expected="1 or more", actual=count)
-    if not scorings:
+    if (total := sum(map(len, here.values()))) == 0:
         raise InputError(f"`{artifact.place}` is a copy without rollouts that `{teacher}` has scored")
-    chosen = sorted(random.Random(seed).sample(list(scorings), min(count, len(scorings))))
-    found: list[Rescored] = []
-    for scoring in dict.fromkeys(scorings[row] for row in chosen):
-
-        def report(done: int, _: int) -> None:
-            if on_progress is not None:
-                on_progress(done + 2 * sum(len(one.rollouts) for one in found), 2 * len(chosen))
-
+    chosen: dict[Scoring, list[int]] = {}
+    for number in sorted(random.Random(seed).sample(range(total), min(count, total))):
+        for index, rows in here.items():
+            if number < len(rows):
+                chosen.setdefault(inputs[index].scoring, []).append(rows[number])
+                break
+            number -= len(rows)
+    found = []
+    for scoring, rollouts in chosen.items():
         engine = load(
             _ENGINE,
             str(teacher),
@@ -85,10 +86,9 @@ def rescore(
             device=models.pick_device(device),
             batch_tokens=_BATCH_TOKENS,
         )
-        rows = [row for row in chosen if scorings[row] == scoring]
-        found.append(_rescore(artifact, rows, engine, scoring, report))
+        found.append(_rescore(artifact, rollouts, engine, scoring, on_progress))
     return Rescored(
-        rollouts=tuple(chosen),
+        rollouts=tuple(sorted(row for one in found for row in one.rollouts)),
         noise=max(one.noise for one in found),
         difference=max(one.difference for one in found),
         findings=tuple(finding for one in found for finding in one.findings),
@@ -96,12 +96,16 @@ def rescore(
 
 
 def _rescore(
-    artifact: Artifact, chosen: Sequence[int], engine: Teacher, scoring: Scoring, report: Callable[[int, int], None]
+    artifact: Artifact,
+    chosen: Sequence[int],
+    engine: Teacher,
+    scoring: Scoring,
+    on_progress: Callable[[int, int], None] | None,
 ) -> Rescored:
     """Compare these rollouts, which were scored in one way, with what the engine says."""
     encoding = artifact.manifest.encoding
     stored = [artifact.rollout(index) for index in chosen]
-    scored, noise = score_twice(engine, [_rollout(one) for one in stored], encoding.k_max, on_rollouts=report)
+    scored, noise = score_twice(engine, [_rollout(one) for one in stored], encoding.k_max, on_rollouts=on_progress)
     tolerance = max(_NOISE_FACTOR * noise.largest, _LEAST_NOISE)
     if scoring.engine != _ENGINE:  # whose arithmetic differs by more than the shape of a batch
         tolerance = max(tolerance, MOST_NOISE.get(scoring.dtype, 1.0))

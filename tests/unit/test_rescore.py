@@ -94,3 +94,16 @@ def test_what_another_engine_scored_is_scored_again_by_the_embedded_one(
     manifest.write_bytes(edit_manifest(manifest.read_bytes(), "inputs", 0, "scoring", "engine", value="http"))
     report = lopd_store.verify(path, rescore=ALL, teacher=teacher_dir)
     assert [found.code for found in report.findings] == codes
+
+
+def test_what_one_teacher_scored_in_two_ways_is_compared_in_each(
+    sealed: Path, teacher_dir: Path, rollouts_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "halves"
+    halves = lopd_store.build(
+        teacher=teacher_dir, rollouts=rollouts_path, k_max=40, dtype="bfloat16", max_noise=10, output=output
+    )
+    made = lopd_store.combine(("math", sealed), ("code", halves.path), output=tmp_path / "both")
+    rescored = rescore(made, teacher=teacher_dir, count=ALL)
+    assert rescored.rollouts == tuple(range(len(made))) and rescored.findings == ()
+    assert len({one.scoring for one in made.manifest.inputs}) == 2
