@@ -195,11 +195,11 @@ def build(
     ] = None,
     sft_data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The SFT data: audit it under the teacher, and keep what was found."),
+        typer.Option(metavar="FILE", help="The SFT data, to audit under the teacher."),
     ] = None,
     domain: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What the rollouts are of, where the policy had SFT data of several."),
+        typer.Option(metavar="NAME", help="Name of what the rollouts are of."),
     ] = None,
     reference: Annotated[
         str | None,
