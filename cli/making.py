@@ -187,7 +187,7 @@ def plan(
 @app.command()
 def build(
     teacher: ModelOption,
-    rollouts: Annotated[Path, typer.Option(metavar="FILE", help="Rollouts of the reference policy, NAME.parquet.")],
+    rollouts: Annotated[Path, typer.Option(metavar="FILE", help="The policy's rollouts, NAME.parquet.")],
     output: Annotated[str, typer.Option(metavar="DIR", help="The artifact to make, or s3://bucket/name.")],
     sft: Annotated[
         Path | None,
@@ -215,7 +215,7 @@ def build(
     k_min: Annotated[int, typer.Option(metavar="K", help="At least this many.", rich_help_panel=STORED)] = 1,
     coverage: Annotated[
         float,
-        typer.Option(metavar="P", help="Stop once this much mass is stored; 1 keeps k-max.", rich_help_panel=STORED),
+        typer.Option(metavar="P", help="Stop at this mass; 1 keeps k-max.", rich_help_panel=STORED),
     ] = 0.99,
     exact: Annotated[
         bool, typer.Option("--exact", help="Keep float32 log-probs, unrounded.", rich_help_panel=STORED)
