@@ -1,4 +1,4 @@
-"""The trainer beside DistillKit's own, on the same artifact: forward KL over top-k and tail, the same batches.
+"""The trainer beside DistillKit's own: forward KL from the same artifact, over the same batches.
 
     python benchmarks/peers.py --distillkit path/to/DistillKit --python path/to/its/python     # `make bench-peers`
     python benchmarks/peers.py --distillkit … --python … --small    # a model of no size, in a minute; keeps no results
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -80,8 +81,10 @@ def main() -> None:
         for _ in range(scale.rounds):
             runs[OURS].append(in_new_process(steps.ours, "opd", "forward_kl", materials))
             runs[DISTILLKIT].append(distillkit(materials, scale, options.distillkit.resolve(), options.python))
+        wanted = first_losses(materials)
     found = {name: middle(some) for name, some in runs.items()}
-    text = "\n\n".join([introduction(scale, options.python), table_of_rows(compare(found)), table_of_runs(found)])
+    tables = [table_of_rows(compare(found)), table_of_runs(found, wanted)]
+    text = "\n\n".join([introduction(scale, options.python), *tables])
     print(text)
     if not options.small:
         write_section(options.results, "Peers", text)
@@ -135,6 +138,7 @@ def distillkit(materials: Materials, scale: Scale, checkout: Path, python: str) 
             "lr_scheduler_type": "constant",
             "optim": "adamw_torch_fused",
             "logging_steps": 1,
+            "logging_nan_inf_filter": False,
             "save_strategy": "no",
             "report_to": "none",
             "gradient_checkpointing": False,
@@ -150,6 +154,8 @@ def distillkit(materials: Materials, scale: Scale, checkout: Path, python: str) 
     if ran.returncode != 0:
         sys.exit(f"DistillKit's trainer failed:\n{ran.stderr[-4000:]}")
     answer = json.loads(ran.stdout.splitlines()[-1])
+    if not math.isfinite(answer["loss"]):
+        sys.exit("DistillKit's loss is not a number: what it took to get there is no measure")
     positions = config.batch_rollouts * scale.response
     seconds = statistics.median(answer["seconds"][1:])
     return Steps(seconds=seconds, positions=positions, outside=0.0, loss=answer["loss"]), answer["peak"]
@@ -167,17 +173,38 @@ def compare(found: dict[str, tuple[Steps, float]]) -> list[Row]:
     return [
         Row(what="tokens/s beside DistillKit", value=theirs.seconds / ours.seconds, unit="of its speed"),
         Row(what="peak memory beside DistillKit", value=our_peak / their_peak, unit="of its memory"),
-        Row(what="difference of the first losses", value=abs(ours.loss / theirs.loss - 1), unit="of its loss"),
     ]
 
 
-def table_of_runs(found: dict[str, tuple[Steps, float]]) -> str:
+def first_losses(materials: Materials) -> dict[str, float]:
+    """What the first loss of each trainer should be, in float64 from the artifact and all of the student's logits."""
+    artifact, model = lopd_store.open(materials.artifact), models.load_model(models.find(materials.student))
+    with_tail, renormalised = [], []
+    for number in artifact.rollouts:
+        rollout = artifact.rollout(number)
+        topk, tokens = rollout.topk, np.concatenate([rollout.prompt_ids, rollout.response_ids]).astype(np.int64)
+        assert topk is not None
+        with torch.no_grad():
+            logits = model(torch.from_numpy(tokens)[None]).logits[0, len(rollout.prompt_ids) - 1 : -1]
+        student = logits.double().log_softmax(-1).numpy()[topk.positions, topk.ids]
+        teacher, tails = topk.logprobs.astype(np.float64), topk.tail_logprobs.astype(np.float64)
+        mass, left = (np.bincount(topk.positions, np.exp(values)) for values in (teacher, student))
+        kl = np.bincount(topk.positions, np.exp(teacher) * (teacher - student))
+        with_tail.append(kl + np.exp(tails) * (np.maximum(tails, -1e30) - np.log(np.maximum(1 - left, 1e-12))))
+        renormalised.append(kl / mass - np.log(mass))
+    return {OURS: float(np.mean(with_tail)), DISTILLKIT: float(np.mean(renormalised))}
+
+
+def table_of_runs(found: dict[str, tuple[Steps, float]], wanted: dict[str, float]) -> str:
     """What was measured before it was divided."""
     lines = [
-        [name, f"{run.seconds:.2f}", f"{run.positions / run.seconds:,.0f}", f"{peak:,.0f}", f"{run.loss:.5f}"]
+        [
+            *(name, f"{run.seconds:.2f}", f"{run.positions / run.seconds:,.0f}", f"{peak:,.0f}"),
+            *(f"{run.loss:.5f}", f"{wanted[name]:.5f}"),
+        ]
         for name, (run, peak) in found.items()
     ]
-    return table(["trainer", "seconds/step", "positions/s", "peak MB", "first loss, nat"], lines)
+    return table(["trainer", "seconds/step", "positions/s", "peak MB", "first loss, nat", "in float64"], lines)
 
 
 def introduction(scale: Scale, python: str) -> str:
@@ -191,8 +218,9 @@ def introduction(scale: Scale, python: str) -> str:
         f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, {torch.get_num_threads()} threads; Python "
         f"{platform.python_version()}, {ours}; DistillKit with {theirs}. SmolLM2-135M-Instruct in float32, "
         f"{config.batch_rollouts} rollouts of {scale.prompt} and {scale.response} tokens in each step, micro-batches "
-        f"of {config.micro_batch_tokens:,} tokens, forward KL over the stored top-k and one bucket for the rest; "
-        f"medians of {scale.rounds} runs of {config.steps} steps, the first not counted. Peaks are of whole processes."
+        f"of {config.micro_batch_tokens:,} tokens; medians of {scale.rounds} runs of {config.steps} steps, the first "
+        "not counted. Forward KL over the stored entries: ours with one more term for the tail, DistillKit's with the "
+        "entries renormalised, so the losses differ. Peaks are of whole processes."
     )
 
 
