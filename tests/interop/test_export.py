@@ -101,6 +101,20 @@ def test_a_copy_of_some_parts_exports_those_and_says_so(mixed: Path, tmp_path: P
     assert rows == [lopd_store.open(mixed).rollout(number).response_ids.tolist() for number in kept]
 
 
+def test_several_teachers_are_judged_by_domain_and_all_of_them_are_in_the_record(
+    sealed: Path, inconsistent: Path, tmp_path: Path
+) -> None:
+    both = lopd_store.combine(("math", sealed), ("code", inconsistent), output=tmp_path / "both")
+    output = tmp_path / "rows.parquet"
+    with pytest.raises(ConsistencyError, match=f"domain code: {OTHER_TEACHER}"):
+        lopd_store.export(both.path, "trl", output=output)
+    lopd_store.export(both.path, "trl", output=output, overrides=[gate.ALLOW_INCONSISTENT])
+    record = record_of(output)
+    assert [one["domain"] for one in record["inputs"]] == ["math", "code"]
+    rows = pq.read_table(output).column("completion_ids").to_pylist()
+    assert rows == [both.rollout(number).response_ids.tolist() for number in range(len(both))]
+
+
 class TestNothingHalfMade:
     """After an error, Ctrl-C or a kill there is no file that looks like an export."""
 
