@@ -15,7 +15,6 @@ from lopd_train import losses
 from lopd_train.batches import Batch, Record, collate
 from lopd_train.head import Predictions, Sums, chunked_sums
 from lopd_train.losses import Categories
-from lopd_train.measures import teacher_of
 
 
 class Case:
@@ -32,7 +31,7 @@ class Case:
 
         def measure(predicted: Predictions, piece: Batch) -> Sums:
             assert predicted.topk is not None and piece.topk is not None
-            return {"loss": losses.reverse_kl(predicted.topk, teacher_of(piece.topk)).sum()}
+            return {"loss": losses.reverse_kl(predicted.topk, piece.topk.teacher).sum()}
 
         return self._done(chunked_sums(self._logits, self.states, self.batch, measure, weights=[self.weight])["loss"])
 
@@ -41,10 +40,12 @@ class Case:
         topk = self.batch.topk
         assert topk is not None
         logits = self._logits(self.states)
-        at_ids = logits[topk.positions, topk.ids] - logits.logsumexp(dim=-1)[topk.positions]
-        inside = torch.zeros_like(topk.tail_logprobs).index_add(0, topk.positions, at_ids.exp())
-        student = Categories(logprobs=at_ids, tail=torch.log1p(-inside.clamp(max=1 - 1e-6)), positions=topk.positions)
-        return self._done(losses.reverse_kl(student, teacher_of(topk)).sum())
+        at_ids = logits[topk.teacher.positions, topk.ids] - logits.logsumexp(dim=-1)[topk.teacher.positions]
+        inside = torch.zeros_like(topk.teacher.tail).index_add(0, topk.teacher.positions, at_ids.exp())
+        student = Categories(
+            logprobs=at_ids, tail=torch.log1p(-inside.clamp(max=1 - 1e-6)), positions=topk.teacher.positions
+        )
+        return self._done(losses.reverse_kl(student, topk.teacher).sum())
 
     def _logits(self, states: Tensor) -> Tensor:
         return torch.nn.functional.linear(states, self.weight)

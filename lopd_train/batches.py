@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lopd_store import topk
 from lopd_store.topk import TopK
+from lopd_train.losses import Categories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,28 +49,26 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTopK:
-    """The teacher's stored top-k at the positions of a batch, flat."""
+    """The distributions that are stored at the positions of a batch, flat."""
 
     offsets: npt.NDArray[np.int64]  # [positions + 1], where each position's entries begin
-    positions: Tensor  # [entries], the position that each entry belongs to
     ids: Tensor  # [entries]
-    logprobs: Tensor  # [entries]
-    tail_logprobs: Tensor  # [positions]
-    reference_logprobs: Tensor | None = None  # [entries]
-    reference_tail_logprobs: Tensor | None = None  # [positions]
+    teacher: Categories
+    reference: Categories | None  # the reference policy's at the same ids
 
     def slice(self, start: int, stop: int) -> BatchTopK:
         """Positions [start, stop), counted from 0 again."""
         entries = slice(int(self.offsets[start]), int(self.offsets[stop]))
-        reference, reference_tail = self.reference_logprobs, self.reference_tail_logprobs
+
+        def cut(stored: Categories) -> Categories:
+            tail, positions = stored.tail[start:stop], stored.positions[entries] - start
+            return Categories(logprobs=stored.logprobs[entries], tail=tail, positions=positions)
+
         return BatchTopK(
             offsets=self.offsets[start : stop + 1] - self.offsets[start],
-            positions=self.positions[entries] - start,
             ids=self.ids[entries],
-            logprobs=self.logprobs[entries],
-            tail_logprobs=self.tail_logprobs[start:stop],
-            reference_logprobs=None if reference is None else reference[entries],
-            reference_tail_logprobs=None if reference_tail is None else reference_tail[start:stop],
+            teacher=cut(self.teacher),
+            reference=None if self.reference is None else cut(self.reference),
         )
 
 
@@ -89,16 +88,9 @@ class Batch:
 
     def slice(self, start: int, stop: int) -> Batch:
         """The same rollouts, and of their positions those in [start, stop)."""
-        sampled, reference = self.sampled_logprobs, self.reference_logprobs
-        return replace(
-            self,
-            sources=self.sources[start:stop],
-            targets=self.targets[start:stop],
-            rollouts=self.rollouts[start:stop],
-            sampled_logprobs=None if sampled is None else sampled[start:stop],
-            reference_logprobs=None if reference is None else reference[start:stop],
-            topk=None if self.topk is None else self.topk.slice(start, stop),
-        )
+        names = ("sources", "targets", "rollouts", "sampled_logprobs", "reference_logprobs")
+        cut = {name: values[start:stop] for name in names if (values := getattr(self, name)) is not None}
+        return replace(self, **cut, topk=self.topk and self.topk.slice(start, stop))
 
 
 def micro_batches(records: Sequence[Record], *, max_tokens: int, share: int = 1) -> list[list[Record]]:
@@ -133,10 +125,12 @@ def collate(records: Sequence[Record], device: str) -> Batch:
     def tensor(pieces: Sequence[npt.NDArray[Any]], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.concatenate(pieces)).to(device=device, dtype=dtype)
 
-    sampled = [record.sampled_logprobs[record.loss_mask] for record in records if record.sampled_logprobs is not None]
-    reference = [
-        record.reference_logprobs[record.loss_mask] for record in records if record.reference_logprobs is not None
-    ]
+    def stored(name: str) -> Tensor | None:
+        pieces = [getattr(record, name) for record in records]
+        if any(piece is None for piece in pieces):
+            return None
+        return tensor([piece[record.loss_mask] for piece, record in zip(pieces, records, strict=True)], torch.float32)
+
     kept = [record.topk.mask(record.loss_mask) for record in records if record.topk is not None]
     return Batch(
         rows=tuple(record.row for record in records),
@@ -145,20 +139,23 @@ def collate(records: Sequence[Record], device: str) -> Batch:
         sources=tensor(sources, torch.int64),
         targets=tensor(targets, torch.int64),
         rollouts=tensor([np.full(len(some), index) for index, some in enumerate(targets)], torch.int64),
-        sampled_logprobs=tensor(sampled, torch.float32) if sampled else None,
-        reference_logprobs=tensor(reference, torch.float32) if reference else None,
+        sampled_logprobs=stored("sampled_logprobs"),
+        reference_logprobs=stored("reference_logprobs"),
         topk=_batch_topk(topk.concatenate(kept), device) if kept else None,
     )
 
 
 def _batch_topk(stored: TopK, device: str) -> BatchTopK:
+    positions = torch.from_numpy(stored.positions).to(device)
+
+    def categories(logprobs: npt.NDArray[np.float32], tail: npt.NDArray[np.float32]) -> Categories:
+        entries, outside = (torch.from_numpy(values).to(device) for values in (logprobs, tail))
+        return Categories(logprobs=entries, tail=outside, positions=positions).normalised()
+
     reference, reference_tail = stored.reference_logprobs, stored.reference_tail_logprobs
     return BatchTopK(
         offsets=stored.offsets,
-        positions=torch.from_numpy(stored.positions).to(device),
         ids=torch.from_numpy(stored.ids.astype(np.int64)).to(device),
-        logprobs=torch.from_numpy(stored.logprobs).to(device),
-        tail_logprobs=torch.from_numpy(stored.tail_logprobs).to(device),
-        reference_logprobs=None if reference is None else torch.from_numpy(reference).to(device),
-        reference_tail_logprobs=None if reference_tail is None else torch.from_numpy(reference_tail).to(device),
+        teacher=categories(stored.logprobs, stored.tail_logprobs),
+        reference=None if reference is None or reference_tail is None else categories(reference, reference_tail),
     )

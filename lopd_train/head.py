@@ -77,7 +77,7 @@ def predict(
     """The predictions that a batch asks for."""
     topk = batch.topk
     nothing = batch.targets[:0]
-    rows, ids = (nothing, nothing) if topk is None else (topk.positions, topk.ids)
+    rows, ids = (nothing, nothing) if topk is None else (topk.teacher.positions, topk.ids)
     values = _Predict.apply(logits, batch.targets, rows, ids)  # type: ignore[no-untyped-call]
     sampled, entries, tail, logsumexp, entropy = values
     return Predictions(

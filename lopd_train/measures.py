@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from lopd_train import losses
-from lopd_train.batches import Batch, BatchTopK
+from lopd_train.batches import Batch
 from lopd_train.head import Predictions, Sums
-from lopd_train.losses import Categories
 from lopd_train.runlog import Metrics
 
 # Up to these, and at least these: why is in docs/training.md.
@@ -47,10 +46,9 @@ def measure(
         sums["advantage"] = gaps.sum()
         sums["reverse_kl"] = -(gaps if ratios is None else ratios * gaps).sum()
     if predicted.topk is not None and piece.topk is not None:
-        stored = teacher_of(piece.topk)
-        sums["reverse_kl"] = losses.reverse_kl(predicted.topk, stored).sum()
+        sums["reverse_kl"] = losses.reverse_kl(predicted.topk, piece.topk.teacher).sum()
         sums["coverage"] = -predicted.topk.tail.expm1().sum()
-        sums["teacher_coverage"] = -stored.tail.expm1().sum()
+        sums["teacher_coverage"] = -piece.topk.teacher.tail.expm1().sum()
     counted = ratios if weights is None else weights
     if counted is not None:
         sums |= {"weight": counted.sum(), "weight_squared": (counted * counted).sum()}
@@ -75,16 +73,3 @@ def gauge(metrics: Metrics) -> str | None:
     if drift <= _FAR_DRIFT and size >= _FAR_SIZE:
         return "drifting from its rollouts"
     return "far from its rollouts: new ones are worth their price"
-
-
-def teacher_of(topk: BatchTopK) -> Categories:
-    """The teacher's stored distribution."""
-    return Categories(logprobs=topk.logprobs, tail=topk.tail_logprobs, positions=topk.positions).normalised()
-
-
-def reference_of(topk: BatchTopK) -> Categories | None:
-    """The reference policy's at the same ids, where it is stored."""
-    if topk.reference_logprobs is None or topk.reference_tail_logprobs is None:
-        return None
-    logprobs, tail = topk.reference_logprobs, topk.reference_tail_logprobs
-    return Categories(logprobs=logprobs, tail=tail, positions=topk.positions).normalised()

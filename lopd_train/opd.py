@@ -127,7 +127,7 @@ def _objective(config: TrainConfig, predicted: Predictions, piece: Batch) -> Ten
         assert piece.reference_logprobs is not None
         return losses.sampled_clipped(predicted.sampled, piece.reference_logprobs, advantages, config.ratio_clip)
     assert predicted.topk is not None and piece.topk is not None
-    student, teacher = predicted.topk, measures.teacher_of(piece.topk)
+    student, teacher = predicted.topk, piece.topk.teacher
     if config.temperature != 1:
         student, teacher = student.tempered(config.temperature), teacher.tempered(config.temperature)
     if config.objective == "jsd":
@@ -137,9 +137,8 @@ def _objective(config: TrainConfig, predicted: Predictions, piece: Batch) -> Ten
 
 def _reference_kl(predicted: Predictions, piece: Batch) -> Tensor:  # [positions]
     """KL(q || r): over the stored union where there is one, else with the gradient of `losses.sampled`."""
-    reference = None if piece.topk is None else measures.reference_of(piece.topk)
-    if predicted.topk is not None and reference is not None:
-        return losses.reverse_kl(predicted.topk, reference)
+    if predicted.topk is not None and piece.topk is not None and piece.topk.reference is not None:
+        return losses.reverse_kl(predicted.topk, piece.topk.reference)
     assert piece.reference_logprobs is not None
     return losses.sampled(predicted.sampled, losses.advantages(predicted.sampled, piece.reference_logprobs))
 

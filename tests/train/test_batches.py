@@ -25,9 +25,10 @@ def test_a_masked_position_takes_its_teacher_values_out_with_it() -> None:
     assert batch.sampled_logprobs.tolist() == pytest.approx([-0.5, -0.6, -0.7])
     assert batch.topk is not None
     assert batch.topk.ids.tolist() == [1, 4, 5, 6]
-    assert batch.topk.positions.tolist() == [0, 1, 2, 2]
+    assert batch.topk.teacher.positions.tolist() == [0, 1, 2, 2]
     assert batch.topk.offsets.tolist() == [0, 1, 2, 4]
-    assert batch.topk.tail_logprobs.tolist() == [-1, -3, -4]
+    odds = (batch.topk.teacher.tail[:2] - batch.topk.teacher.logprobs[:2]).tolist()  # normalising leaves them
+    assert odds == pytest.approx([-1 + 0.1, -3 + 0.4])
 
 
 def test_micro_batches_hold_every_rollout_once_and_stay_within_the_limit() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -23,19 +25,21 @@ def float64(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def stored(positions: npt.NDArray[Any], ids: npt.NDArray[Any]) -> BatchTopK:
+    """These ids at these positions; what the teacher thinks of them is not asked."""
+    count = int(positions[-1]) + 1
+    teacher = Categories(logprobs=torch.zeros(len(ids)), tail=torch.zeros(count), positions=torch.from_numpy(positions))
+    offsets = np.searchsorted(positions, np.arange(count + 1))
+    return BatchTopK(offsets=offsets, ids=torch.from_numpy(ids), teacher=teacher, reference=None)
+
+
 def batch(counts: list[int] | None = COUNTS) -> Batch:
     """Targets, and ids as an artifact has them."""
     rng = np.random.default_rng(0)
     topk = None
     if counts is not None:
         ids = np.concatenate([rng.permutation(VOCABULARY)[:count] for count in counts])
-        topk = BatchTopK(
-            offsets=np.concatenate([[0], np.cumsum(counts)]),
-            positions=torch.from_numpy(np.repeat(np.arange(POSITIONS), counts)),
-            ids=torch.from_numpy(ids),
-            logprobs=torch.zeros(len(ids)),
-            tail_logprobs=torch.zeros(POSITIONS),
-        )
+        topk = stored(np.repeat(np.arange(POSITIONS), counts), ids)
     return Batch(
         rows=(0,),
         input_ids=torch.zeros(1, POSITIONS, dtype=torch.int64),
@@ -78,9 +82,9 @@ def dense(head: Head, batch: Batch) -> dict[str, Tensor]:
     if batch.topk is None:
         return values
     outside = torch.ones(POSITIONS, VOCABULARY, dtype=torch.bool)
-    outside[batch.topk.positions, batch.topk.ids] = False
+    outside[batch.topk.teacher.positions, batch.topk.ids] = False
     tail = torch.where(outside, logprobs.exp(), 0).sum(dim=-1).log()
-    return {**values, "tail": tail, "entries": logprobs[batch.topk.positions, batch.topk.ids]}
+    return {**values, "tail": tail, "entries": logprobs[batch.topk.teacher.positions, batch.topk.ids]}
 
 
 def named(predicted: Predictions) -> dict[str, Tensor]:
@@ -172,13 +176,7 @@ def test_a_divergence_through_the_chunked_head_is_differentiable_where_nothing_i
 
 def test_a_tail_of_next_to_no_mass_keeps_its_digits() -> None:
     logits = torch.tensor([[60.0, 1.0, 0.0]])
-    topk = BatchTopK(
-        offsets=np.array([0, 1]),
-        positions=torch.tensor([0]),
-        ids=torch.tensor([0]),
-        logprobs=torch.zeros(1),
-        tail_logprobs=torch.zeros(1),
-    )
+    topk = stored(np.array([0]), np.array([0]))
     one = Batch(
         rows=(0,),
         input_ids=torch.zeros(1, 1, dtype=torch.int64),

@@ -211,10 +211,10 @@ def test_collating_keeps_what_the_reference_policy_said(union: Path) -> None:
     assert batch.reference_logprobs.tolist() == np.concatenate(expected).tolist()
     assert batch.topk is not None
     middle = batch.slice(4, 9)
-    assert middle.topk is not None and middle.topk.reference_logprobs is not None
-    assert batch.topk.reference_logprobs is not None
+    assert middle.topk is not None and middle.topk.reference is not None
+    assert batch.topk.reference is not None
     entries = slice(int(batch.topk.offsets[4]), int(batch.topk.offsets[9]))
-    assert middle.topk.reference_logprobs.tolist() == batch.topk.reference_logprobs[entries].tolist()
-    assert middle.topk.positions.tolist() == (batch.topk.positions[entries] - 4).tolist()
+    assert middle.topk.reference.logprobs.tolist() == batch.topk.reference.logprobs[entries].tolist()
+    assert middle.topk.teacher.positions.tolist() == (batch.topk.teacher.positions[entries] - 4).tolist()
     assert middle.topk.offsets.tolist() == (batch.topk.offsets[4:10] - batch.topk.offsets[4]).tolist()
     assert middle.targets.tolist() == batch.targets[4:9].tolist()
