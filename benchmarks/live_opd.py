@@ -38,7 +38,7 @@ from lopd_store.samplers.transformers import TransformersSampler
 from lopd_train import TrainConfig, student
 from lopd_train.batches import Batch, Record, collate
 from lopd_train.head import Predictions, Sums
-from lopd_train.opd import objective_of
+from lopd_train.opd import measure
 from lopd_train.student import Student
 from lopd_train.trainer import make_optimizer
 
@@ -135,7 +135,7 @@ def compare(task: Task, scratch: Path) -> str:
 def train_live(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Student:
     """The loop: sample, score, update."""
     config, trained = task.config, student.load(task.student, task.config)
-    optimizer, objective = make_optimizer(trained.model, config), objective_of(config)
+    optimizer = make_optimizer(trained.model, config)
     prompts = prompt_ids(task, trained)
     for step in range(config.steps or 0):
         streams = range(step * config.batch_rollouts, (step + 1) * config.batch_rollouts)
@@ -147,7 +147,7 @@ def train_live(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Stu
             trained.model.train()
             tokens = sum(record.positions for record in records)
             for start in range(0, len(records), AT_ONCE):
-                sums = objective.train(trained, collate(records[start : start + AT_ONCE], trained.device))
+                sums = measure(config, trained, collate(records[start : start + AT_ONCE], trained.device))
                 (sums["loss"] / tokens).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(trained.model.parameters(), config.clip_norm)
             optimizer.step()
@@ -205,10 +205,7 @@ def sample(model: Student, prompts: Sequence[Ids], streams: range, task: Task, *
     sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=task.tokens, samples_per_prompt=1, seed=seed)
     stop_ids = models.stop_token_ids(model.model.generation_config, model.tokenizer)
     sampler = TransformersSampler(model.model, sampling, stop_ids, identify(task.student).vocab_size)
-    packed = model.model.config._attn_implementation
-    model.model.set_attn_implementation("sdpa")  # packed attention has no cache
     responses = sampler.sample([*prompts], streams, lambda _: None)
-    model.model.set_attn_implementation(packed)
     return [
         Record(
             row=row,

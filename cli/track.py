@@ -1,7 +1,7 @@
 """Where else the metrics go when asked: TensorBoard, Weights & Biases or trackio, each by its own library.
 
     with tracking("tensorboard", output, config) as on_metrics:
-        lopd_train.train(..., on_metrics=on_metrics)
+        on_metrics(1, {"loss": 0.5})
 
 metrics.jsonl is written in any case, and it alone is made whole again when a run goes on after a crash: a tracker may
 show some steps twice. A run that goes on is the same tracked run.
@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 from lopd_store.durable import write_durably
 from lopd_store.errors import InputError
-from lopd_train import OnMetrics, TrainConfig
+from lopd_train import TrainConfig
 from lopd_train.world import from_environment
 
 from . import console
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 _PROJECT = "lopd"
+OnMetrics = Callable[[int, Mapping[str, Any]], None]
 _Opened = tuple[OnMetrics, Callable[[], object]]  # what takes metrics, what ends it
 
 

@@ -18,7 +18,7 @@ from lopd_train.world import from_environment
 
 from . import console, settings
 from .options import AllowInconsistentOption, AllowUnknownOption, overrides, parse_domains
-from .track import Tracker, tracking
+from .track import OnMetrics, Tracker, tracking
 
 app = typer.Typer(
     help="Training on teacher log-probs: SFT first, then offline on-policy distillation.",
@@ -102,14 +102,13 @@ def sft(
     json: Json = False,
 ) -> None:
     """Train a model on the responses of a teacher, and record which teacher it was."""
-    with _shown("sft") as on_progress, tracking(track, output, config) as on_metrics:
+    with tracking(track, output, config) as on_metrics, _shown("sft", on_metrics) as on_progress:
         result = lopd_train.train_sft(
             model=model,
             data=parse_domains(data, "--data"),
             output=output,
             config=config,
             on_progress=on_progress,
-            on_metrics=on_metrics,
         )
     _answer(result, json)
 
@@ -129,7 +128,7 @@ def opd(
     json: Json = False,
 ) -> None:
     """Train a student on a teacher's stored log-probs; refuses unless the teacher is the one of its SFT."""
-    with _shown("opd") as on_progress, tracking(track, output, config) as on_metrics:
+    with tracking(track, output, config) as on_metrics, _shown("opd", on_metrics) as on_progress:
         result = lopd_train.train_opd(
             artifact=artifact,
             student=student,
@@ -137,13 +136,12 @@ def opd(
             config=config,
             overrides=overrides(allow_unknown_sft_teacher, allow_inconsistent_teacher),
             on_progress=on_progress,
-            on_metrics=on_metrics,
         )
     _answer(result, json)
 
 
 @contextmanager
-def _shown(description: str) -> Iterator[OnProgress | None]:
+def _shown(description: str, on_metrics: OnMetrics | None) -> Iterator[OnProgress | None]:
     """Show the progress of a run, and how to go on after Ctrl-C; of many processes the first one speaks."""
     if not from_environment().is_first:
         yield None
@@ -152,6 +150,8 @@ def _shown(description: str) -> Iterator[OnProgress | None]:
     def show(progress: Progress) -> None:
         if progress.note:
             console.note(progress.note)
+        if progress.line and on_metrics:
+            on_metrics(progress.line["step"], {name: value for name, value in progress.line.items() if name != "step"})
         metrics = progress.metrics
         words = [f"step {progress.step} of {progress.steps}", progress.activity]
         words += [f"{name.replace('_', ' ')} {metrics[name]:.3g}" for name in _WATCHED if name in metrics]
@@ -176,10 +176,9 @@ def _answer(result: RunResult, json: bool) -> None:
         return
     console.say(f"{result.output}: {result.steps:,} steps")
     first, last = result.first_eval, result.last_eval
-    for name in ("cross_entropy", "reverse_kl"):
-        if name in first:
-            words = f"held-out {name.replace('_', ' ')}: {first[name]:.4f} -> {last[name]:.4f} nats per position"
-            console.say(f"{words}, over {last['tokens']:,} positions")
+    if name := next((name for name in ("reverse_kl", "cross_entropy") if name in first), None):
+        words = f"held-out {name.replace('_', ' ')}: {first[name]:.4f} -> {last[name]:.4f} nats per position"
+        console.say(f"{words}, over {last['tokens']:,} positions")
     if gauged := measures.gauge(last):
         size = f"effective sample size {last['effective_sample_size']:.0%}"
         console.say(f"the student is {gauged} (held-out drift {last['drift']:.4f} nats per token, {size})")

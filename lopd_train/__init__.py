@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from lopd_train.config import OPD, SFT, TrainConfig
 from lopd_train.opd import train_opd
-from lopd_train.runlog import OnMetrics, OnProgress, Progress
+from lopd_train.runlog import OnProgress, Progress
 from lopd_train.sft import train_sft
 from lopd_train.trainer import RunResult
 
@@ -20,7 +20,6 @@ train = train_opd  # what this package is for
 __all__ = [
     "OPD",
     "SFT",
-    "OnMetrics",
     "OnProgress",
     "Progress",
     "RunResult",

@@ -21,7 +21,7 @@ import platform
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -97,13 +97,11 @@ class Run:
 
 def check_output(output: Path) -> None:
     """Refuse an output that exists, before anything is read."""
-    if (output / RUN_FILE).is_file():
-        raise InputError(
-            f"`{output}` is a finished run",
-            hint="choose another `--output`; to train it further, make it the model of a new run",
-        )
     if output.exists():
-        raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
+        raise InputError(
+            f"`{output}` exists",
+            hint="choose another `--output`; to train a finished run further, make it the model of a new run",
+        )
 
 
 def begin(run: Run, output: Path, world: World) -> Path:
@@ -120,28 +118,22 @@ def begin(run: Run, output: Path, world: World) -> Path:
                     actual=value,
                     hint=f"go on as it was begun, or remove `{directory}` to begin anew",
                 )
-    world.wait()  # until all have compared
+    world.gather(None)  # until all have compared
     if world.is_first:
         directory.mkdir(parents=True, exist_ok=True)
         write_durably(path, strictjson.pretty({**wanted, "versions": _versions()}))
-    world.wait()
+    world.gather(None)
     return directory
 
 
 def save_state(
-    directory: Path,
-    *,
-    step: int,
-    cursor: Cursor,
-    student: Student,
-    optimizer: torch.optim.Optimizer,
-    world: World,
+    directory: Path, step: int, cursors: Sequence[Cursor], student: Student, optimizer: torch.optim.Optimizer
 ) -> None:
     """Keep what it takes to go on after `step`; the state before it stays until this one is whole."""
-    state, unfinished = directory / f"state-{step}", directory / "state.unfinished"
+    state, unfinished, world = directory / f"state-{step}", directory / "state.unfinished", student.world
     if world.is_first:
         shutil.rmtree(unfinished, ignore_errors=True)
-    world.wait()
+    world.gather(None)
     try:
         with _alone_or_together():
             save(_tensors(student, optimizer), checkpoint_id=unfinished)
@@ -151,21 +143,21 @@ def save_state(
         if world.is_first and not (unfinished / ".metadata").exists():
             shutil.rmtree(unfinished, ignore_errors=True)  # it may have filled the disk
     if world.is_first:
-        write_durably(unfinished / _PLACE_FILE, strictjson.pretty({"step": step, "cursor": asdict(cursor)}))
+        place = {"step": step, "cursors": list(map(asdict, cursors))}
+        write_durably(unfinished / _PLACE_FILE, strictjson.pretty(place))
         shutil.rmtree(state, ignore_errors=True)
         unfinished.rename(state)
         sync_directory(directory)
         for other in _states(directory):
             if other != state:
                 shutil.rmtree(other)
-    world.wait()
+    world.gather(None)
 
 
-def load_state(directory: Path, *, student: Student, optimizer: torch.optim.Optimizer) -> tuple[int, Cursor]:
+def load_state(directory: Path, student: Student, optimizer: torch.optim.Optimizer) -> tuple[int, list[Cursor]]:
     """Take up the saved state, if there is one; returns the steps that are done, and where the data is."""
-    states = _states(directory)
-    if not states:
-        return 0, Cursor()
+    if not (states := _states(directory)):
+        return 0, []
     place = strictjson.loads((states[-1] / _PLACE_FILE).read_bytes(), where=str(states[-1] / _PLACE_FILE))
     tensors = _tensors(student, optimizer)
     with _alone_or_together():
@@ -177,27 +169,25 @@ def load_state(directory: Path, *, student: Student, optimizer: torch.optim.Opti
         optim_state_dict=tensors["optimizer"],
         options=_TRAINED_ALONE,
     )
-    return int(place["step"]), Cursor(**place["cursor"])
+    return int(place["step"]), [Cursor(**cursor) for cursor in place["cursors"]]
 
 
-def keep_model(
-    directory: Path, *, step: int, student: Student, config: TrainConfig, scores: Mapping[int, float], world: World
-) -> Path:
+def keep_model(directory: Path, step: int, student: Student, scores: Mapping[int, float]) -> Path:
     """Write the model of a step; of the others, the last ones and the one with the lowest score stay."""
     kept = directory / _CHECKPOINTS
     path, unfinished = kept / f"step-{step}", kept / "unfinished"
-    weights = whole_weights(student, config)
-    if world.is_first:
+    weights = whole_weights(student)
+    if student.world.is_first:
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(path, ignore_errors=True)
         write_model(student, weights, unfinished)
         unfinished.rename(path)
         steps = sorted(map(_number, kept.glob("step-*")))
         best = min((step for step in steps if step in scores), key=lambda step: scores[step], default=None)
-        for step in steps[: -config.keep_checkpoints]:
+        for step in steps[: -student.config.keep_checkpoints]:
             if step != best:
                 shutil.rmtree(kept / f"step-{step}")
-    world.wait()
+    student.world.gather(None)
     return path
 
 
@@ -207,10 +197,10 @@ def run_command(command: str, model: Path, step: int) -> int:
     return subprocess.run(command, shell=True, env=environment, stdout=2, check=False).returncode
 
 
-def finish(run: Run, student: Student, directory: Path, output: Path, world: World) -> None:
+def finish(run: Run, student: Student, directory: Path, output: Path) -> None:
     """Write the model and its provenance beside the run's files, and give the whole its name."""
-    weights = whole_weights(student, run.config)
-    if world.is_first:
+    weights = whole_weights(student)
+    if student.world.is_first:
         write_model(student, weights, directory)
         record = CheckpointRecord(
             status="recorded",
@@ -231,16 +221,17 @@ def finish(run: Run, student: Student, directory: Path, output: Path, world: Wor
         sync_directory(output.parent)
         for state in output.glob("state*"):
             shutil.rmtree(state)
-    world.wait()
+    student.world.gather(None)
 
 
-def whole_weights(student: Student, config: TrainConfig) -> dict[str, torch.Tensor]:
+def whole_weights(student: Student) -> dict[str, torch.Tensor]:
     """The weights to export, by name, on the CPU, in the dtype of the arithmetic; of a sharded model in the first
     process alone."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found = get_model_state_dict(student.model, options=options)
     weights = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-    return {name: value.to(student.dtype) for name, value in lora.merge(weights, config).items()}
+    dtype = getattr(torch, student.config.dtype)
+    return {name: value.to(dtype) for name, value in lora.merge(weights, student.config).items()}
 
 
 def write_model(student: Student, weights: Mapping[str, torch.Tensor], directory: Path) -> None:

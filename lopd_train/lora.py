@@ -18,27 +18,15 @@ _BASE, _A, _B = ".base_layer", ".lora_A.default.weight", ".lora_B.default.weight
 
 
 def add(model: Any, config: TrainConfig) -> None:
-    """Put adapters into a model, in float32, and freeze everything else."""
+    """Put adapters into every linear layer but the head, in float32, and freeze everything else."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError("`lora_rank` needs peft", hint='pip install "lopd[lora]"') from error
-    names = config.lora_targets
-    settings = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=names if names == "all-linear" else names.split(","),
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in words that it will give up
-            inject_adapter_in_model(settings, model)
-    except ValueError as error:
-        raise InputError(
-            f"`lora_targets` names nothing in a `{type(model).__name__}`",
-            expected="all-linear, or names of its layers with commas between, such as `q_proj,v_proj`",
-            actual=names,
-        ) from error
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in words that it will give up
+        inject_adapter_in_model(settings, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

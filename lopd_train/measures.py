@@ -3,6 +3,7 @@
     advantage               mean of log p - log q at the sampled tokens; rises towards 0 as the student learns
     reverse_kl              KL(q || p): over the stored top-k and tail where they are read, else estimated at the
                             sampled tokens
+    cross_entropy           of the tokens that are there
     entropy                 of the student; falls to 0 where it collapses
     coverage                share of the student's mass that lies on the stored tokens
     teacher_coverage        share of the teacher's, which a temperature takes for all of it
@@ -21,6 +22,7 @@ from lopd_train import losses
 from lopd_train.batches import Batch
 from lopd_train.head import Predictions, Sums
 from lopd_train.runlog import Metrics
+from lopd_train.student import Student
 
 # Up to these, and at least these: why is in docs/training.md.
 _CLOSE_DRIFT, _FAR_DRIFT = 0.02, 0.1
@@ -35,7 +37,7 @@ def measure(
 ) -> Sums:
     """The sums over some positions of everything that can be told of them."""
     student, teacher, reference = predicted.sampled, piece.sampled_logprobs, piece.reference_logprobs
-    sums = {"entropy": predicted.entropy.sum()}
+    sums = {"entropy": predicted.entropy.sum(), "cross_entropy": losses.cross_entropy(student).sum()}
     ratios = None
     if reference is not None:
         reference = reference.clamp(min=losses.LOG_TINY)  # a metric stays a number where a token was impossible
@@ -53,6 +55,11 @@ def measure(
     if counted is not None:
         sums |= {"weight": counted.sum(), "weight_squared": (counted * counted).sum()}
     return sums
+
+
+def of_batch(student: Student, batch: Batch) -> Sums:
+    """The sums of `measure` over all positions of a batch."""
+    return student.sums(student.states(batch), batch, measure)
 
 
 def finish(means: dict[str, float]) -> dict[str, float]:

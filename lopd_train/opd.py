@@ -25,9 +25,9 @@ from lopd_train.checkpoint import Run, check_output
 from lopd_train.config import OPD, TrainConfig
 from lopd_train.data import Feed, artifact_source
 from lopd_train.head import Predictions, Sums
-from lopd_train.runlog import OnMetrics, OnProgress
+from lopd_train.runlog import OnProgress
 from lopd_train.student import Student, limits
-from lopd_train.trainer import Objective, RunResult, fit
+from lopd_train.trainer import RunResult, Term, fit
 
 
 def train_opd(
@@ -38,7 +38,6 @@ def train_opd(
     config: TrainConfig = OPD,
     overrides: Collection[str] = (),
     on_progress: OnProgress | None = None,
-    on_metrics: OnMetrics | None = None,
 ) -> RunResult:
     """Train a student on an artifact; goes on where an interrupted run with this output stopped.
 
@@ -58,15 +57,20 @@ def train_opd(
             hint="pull the whole artifact, or pass `--objective sampled --eval-fraction 0`",
         )
     feed = Feed(artifact_source(opened), limits(student, base), config=config, topk=whole)
-    if config.needs_reference and not feed.has_reference:
+    unused = ("none", None, 0)
+    read_reference = [
+        name for name in ("correction", "ratio_clip", "reference_kl_weight") if getattr(config, name) not in unused
+    ]
+    if read_reference and not feed.has_reference:
         raise InputError(
             f"`{artifact}` has no log-probs of the reference policy",
-            expected=f"reference log-probs, for {', '.join(config.needs_reference)}",
+            expected=f"reference log-probs, for `{'`, `'.join(read_reference)}`",
             hint="`lopd-store generate` keeps them with the rollouts, and `build` takes them over",
         )
+    config = config.resolve(feed.rollouts)
     run = Run(
         method="opd",
-        config=config.resolve(feed.rollouts),
+        config=config,
         model=str(student),
         base=base,
         data=str(artifact),
@@ -76,29 +80,15 @@ def train_opd(
         overrides=overridden,
         artifact=opened.manifest,
     )
-    return fit(
-        run,
-        objective=objective_of(config),
-        feed=feed,
-        output=output,
-        on_progress=on_progress,
-        on_metrics=on_metrics,
-    )
+    terms = [Term(measure=partial(measure, config), feed=feed, rollouts=config.batch_rollouts)]
+    return fit(run, terms, output, on_progress)
 
 
-def objective_of(config: TrainConfig) -> Objective:
-    """What these settings minimise, and what it is measured by."""
-    return Objective(train=partial(_train, config), evaluate=_evaluate)
-
-
-def _train(config: TrainConfig, student: Student, batch: Batch) -> Sums:
+def measure(config: TrainConfig, student: Student, batch: Batch) -> Sums:
+    """The loss that these settings ask for, and what there is to watch, summed over the positions of a batch."""
     states = student.states(batch)
     weights = _rollout_weights(config, student, states, batch) if config.correction == "sequence" else None
     return student.sums(states, batch, partial(_measure, config, weights))
-
-
-def _evaluate(student: Student, batch: Batch) -> Sums:
-    return student.sums(student.states(batch), batch, measures.measure)
 
 
 def _measure(config: TrainConfig, of_rollouts: Tensor | None, predicted: Predictions, piece: Batch) -> Sums:

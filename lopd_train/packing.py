@@ -15,7 +15,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopd_store.errors import DataError
+
 _NAME = "lopd_packed"
+
+
+def prepare(model: Any) -> None:
+    """Give a model packed attention; raises DataError unless a probe comes out packed as it does one by one."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):
+        AttentionInterface.register(_NAME, packed_attention)
+        AttentionMaskInterface.register(_NAME, packed_mask)
+        model.set_attn_implementation(_NAME)
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(12, device=embedding.device)[None] % len(embedding)
+    body = model.base_model
+    with torch.no_grad():
+        packed = body(**inputs(ids, torch.tensor([0, 5, 12], dtype=torch.int32))).last_hidden_state
+        alone = [body(input_ids=piece, use_cache=False).last_hidden_state for piece in (ids[:, :5], ids[:, 5:])]
+    expected = torch.cat(alone, dim=1)
+    if not torch.allclose(packed, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise DataError(
+            f"a `{type(model).__name__}` cannot be trained on packed rollouts",
+            expected="states of a rollout that do not depend on its neighbours",
+            actual=f"a difference of up to {float((packed - expected).abs().max()):.3g}",
+        )
+
+
+def inputs(
+    input_ids: Tensor,  # [1, tokens]
+    borders: Tensor,  # [rollouts + 1], int32, on the CPU
+) -> dict[str, Any]:
+    """What a model's body is called with for packed rollouts."""
+    lengths = borders.diff()
+    starts = torch.repeat_interleave(borders[:-1], lengths)
+    positions = (torch.arange(len(starts)) - starts).to(input_ids.device, torch.int64)
+    return {"input_ids": input_ids, "position_ids": positions[None], "cu_seq_lens_q": borders, "use_cache": False}
 
 
 def packed_attention(
@@ -28,40 +66,21 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,  # [rollouts + 1], on the CPU: where each rollout begins
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each rollout to itself; of the whole row where no borders are given."""
+    """Causal attention of each rollout to itself; where no borders are given, what transformers does."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+    lengths = cu_seq_lens_q.diff().tolist()
     rollouts = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *states, attention_mask, **options)[0] for states in rollouts]
+    outputs = [sdpa_attention_forward(module, *states, None, **options)[0] for states in rollouts]
     return torch.cat(outputs, dim=1), None
 
 
-def prepare(model: Any) -> bool:
-    """Give a model packed attention; whether packed rollouts then come out as they do one by one, proved on a probe."""
-    from transformers import AttentionInterface
+def packed_mask(**options: Any) -> Tensor | None:
+    """None for a packed row, which is known by having neither padding nor a cache; else what transformers makes."""
+    from transformers.masking_utils import sdpa_mask
 
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):
-        AttentionInterface.register(_NAME, packed_attention)
-        model.set_attn_implementation(_NAME)
-    embedding = model.get_input_embeddings().weight
-    ids = torch.arange(12, device=embedding.device)[None] % len(embedding)
-    body = model.base_model
-    with torch.no_grad():
-        packed = body(**inputs(ids, torch.tensor([0, 5, 12], dtype=torch.int32))).last_hidden_state
-        alone = [body(input_ids=piece, use_cache=False).last_hidden_state for piece in (ids[:, :5], ids[:, 5:])]
-    expected = torch.cat(alone, dim=1)
-    return torch.allclose(packed, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-
-
-def inputs(
-    input_ids: Tensor,  # [1, tokens]
-    borders: Tensor,  # [rollouts + 1], int32, on the CPU
-) -> dict[str, Any]:
-    """What a model's body is called with for packed rollouts."""
-    lengths = borders.diff()
-    starts = torch.repeat_interleave(borders[:-1], lengths)
-    positions = (torch.arange(len(starts)) - starts).to(input_ids.device, torch.int64)
-    return {"input_ids": input_ids, "position_ids": positions[None], "cu_seq_lens_q": borders, "use_cache": False}
+    if options.get("attention_mask") is None and options["q_length"] == options["kv_length"]:
+        return None
+    return sdpa_mask(**options)  # type: ignore[no-any-return]

@@ -31,48 +31,37 @@ class Progress:
     step: int
     steps: int
     metrics: Metrics  # of the last step
+    line: Metrics | None = None  # what metrics.jsonl just got
     note: str | None = None  # to be said once
 
 
 OnProgress = Callable[[Progress], None]
-OnMetrics = Callable[[int, Metrics], None]  # what metrics.jsonl gets
 
 
 class RunLog:
     """metrics.jsonl, opened after `step` steps: what a crashed run wrote beyond them is dropped."""
 
-    def __init__(self, path: Path, *, step: int, writes: bool = True, on_metrics: OnMetrics | None = None) -> None:
-        self._path, self._writes, self._on_metrics = path, writes, on_metrics
+    def __init__(self, path: Path, *, step: int, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
         kept = [line for line in _read(path) if line["step"] <= step]
-        measured = [_without_prefix(line) for line in kept]
-        self._evaluated = {line["step"]: measures for line, measures in zip(kept, measured, strict=True) if measures}
+        self.evaluations = {line["step"]: found for line in kept if (found := _without_prefix(line))}  # by step
         if writes:
-            write_durably(path, b"".join(_render(line) for line in kept))
+            write_durably(path, b"".join(map(_render, kept)))
 
-    def scores(self, measure: str) -> dict[int, float]:
-        """A measure of every evaluation that has it, by step."""
-        return {step: values[measure] for step, values in self._evaluated.items() if measure in values}
+    def write(self, step: int, metrics: Metrics) -> Metrics:
+        """Append a line, and return it; it is on disk before any checkpoint that follows it."""
+        line = {"step": step, **metrics}
+        if self._writes:
+            with self._path.open("ab") as file:
+                file.write(_render(line))
+                file.flush()
+                os.fsync(file.fileno())
+        return line
 
-    def write(self, step: int, metrics: Metrics) -> None:
-        """Append a line; it is on disk before any checkpoint that follows it."""
-        if not self._writes:
-            return
-        if self._on_metrics is not None:
-            self._on_metrics(step, metrics)
-        with self._path.open("ab") as file:
-            file.write(_render({"step": step, **metrics}))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def write_evaluation(self, step: int, measures: Metrics) -> None:
+    def write_evaluation(self, step: int, measures: Metrics) -> Metrics:
         """Append the line of an evaluation, and remember it."""
-        self.write(step, {_PREFIX + name: value for name, value in measures.items()})
-        self._evaluated[step] = measures
-
-    @property
-    def evaluations(self) -> list[Metrics]:
-        """The measures of every evaluation, in order."""
-        return list(self._evaluated.values())
+        self.evaluations[step] = measures
+        return self.write(step, {_PREFIX + name: value for name, value in measures.items()})
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ from lopd_train.checkpoint import Run, check_output
 from lopd_train.config import SFT, TrainConfig
 from lopd_train.data import Feed, rollouts_source
 from lopd_train.head import Predictions, Sums
-from lopd_train.runlog import OnMetrics, OnProgress
+from lopd_train.runlog import OnProgress
 from lopd_train.student import Student, limits
-from lopd_train.trainer import Objective, RunResult, fit
+from lopd_train.trainer import RunResult, Term, fit
 
 
 def train_sft(
@@ -30,7 +30,6 @@ def train_sft(
     output: str | Path,
     config: TrainConfig = SFT,
     on_progress: OnProgress | None = None,
-    on_metrics: OnMetrics | None = None,
 ) -> RunResult:
     """Train a model on SFT data with cross-entropy; goes on where an interrupted run with this output stopped.
 
@@ -45,32 +44,26 @@ def train_sft(
     feed = Feed(rollouts_source(*files.values()), limits(model, base), config=config)
     sft = tuple(sft_of_data(file.record, file.digest(), domain) for domain, file in files.items())
     paths = [str(file.path) for file in files.values()]
+    config = config.resolve(feed.rollouts)
     run = Run(
         method="sft",
-        config=config.resolve(feed.rollouts),
+        config=config,
         model=str(model),
         base=base,
         data=paths if len(paths) > 1 else paths[0],
         data_digest=sft[0].data if len(sft) == 1 else None,
         sft=sft,
     )
-    return fit(run, objective=CROSS_ENTROPY, feed=feed, output=output, on_progress=on_progress, on_metrics=on_metrics)
+    return fit(run, [Term(measure=cross_entropy, feed=feed, rollouts=config.batch_rollouts)], output, on_progress)
 
 
-def _train(student: Student, batch: Batch) -> Sums:
+def cross_entropy(student: Student, batch: Batch) -> Sums:
+    """-log q(x_j), and what there is to watch, summed over the positions of a batch."""
     return student.sums(student.states(batch), batch, _measure)
-
-
-def _evaluate(student: Student, batch: Batch) -> Sums:
-    sums = _train(student, batch)
-    return {"cross_entropy": sums["loss"], "entropy": sums["entropy"]}
 
 
 def _measure(predicted: Predictions, piece: Batch) -> Sums:
     return {"loss": losses.cross_entropy(predicted.sampled).sum(), **measures.measure(predicted, piece)}
-
-
-CROSS_ENTROPY = Objective(train=_train, evaluate=_evaluate, best_by="cross_entropy")
 
 
 def _check_tokenizer(record: RolloutsRecord | None, base: ModelIdentity) -> None:

@@ -37,20 +37,16 @@ class Student:
     model: Any
     tokenizer: Any
     split: SplitModel
+    config: TrainConfig
     device: str
-    dtype: torch.dtype  # of the arithmetic
-    packs: bool  # the body takes rollouts end to end
+    world: World
     gathered: Callable[..., Any]  # calls a function of this student while its weights are whole, see `world.shard`
 
     def states(self, batch: Batch) -> Tensor:
         """The hidden state that predicts each target; [positions, width]."""
-        inputs = [packing.inputs(batch.input_ids, batch.borders)]
-        if not self.packs:  # one by one
-            pieces = torch.split(batch.input_ids, batch.borders.diff().tolist(), dim=1)
-            inputs = [{"input_ids": piece, "use_cache": False} for piece in pieces]
         with self._autocast():
-            states = [self.split.body(**some).last_hidden_state[0] for some in inputs]
-        return torch.cat(states)[batch.sources]
+            states: Tensor = self.split.body(**packing.inputs(batch.input_ids, batch.borders)).last_hidden_state
+        return states[0, batch.sources]
 
     def sums(self, states: Tensor, batch: Batch, measure: Measure) -> Sums:
         """The sums of a measure over all positions of a batch; `loss` is differentiable, once."""
@@ -60,19 +56,20 @@ class Student:
             return chunked_sums(self.split.logits, states, batch, measure, weights=weights, chunk=chunk)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32)
+        dtype = getattr(torch, self.config.dtype)
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype != torch.float32)
 
 
 def load(model: str | Path, config: TrainConfig, world: World = ALONE) -> Student:
     """Load a student with float32 weights, or frozen ones with adapters; sharded where there are several processes."""
-    device, dtype = models.pick_device(config.device and own_device(config.device)), getattr(torch, config.dtype)
-    files = models.find(model)
+    files, device = models.find(model), models.pick_device(config.device and own_device(config.device))
     # Beside adapters, which are float32, the weights only stand there; but the same FSDP unit wants a single dtype.
     kept = config.dtype if config.lora_rank and world.size == 1 else "float32"
     loaded = models.load_model(files, dtype=kept, device=device if world.size == 1 else "cpu")
     if files.gguf_file is not None:
         loaded = models.copy_without_quantization(loaded)
-    split, packs = models.split(loaded), packing.prepare(loaded)
+    split = models.split(loaded)
+    packing.prepare(loaded)
     if config.lora_rank:
         lora.add(loaded, config)
     if config.gradient_checkpointing:
@@ -84,10 +81,10 @@ def load(model: str | Path, config: TrainConfig, world: World = ALONE) -> Studen
         model=loaded,
         tokenizer=models.load_tokenizer(files),
         split=split,
+        config=config,
         device=device,
-        dtype=dtype,
-        packs=packs,
-        gathered=shard(loaded, world, dtype, device),
+        world=world,
+        gathered=shard(loaded, world, getattr(torch, config.dtype), device),
     )
 
 

@@ -9,22 +9,23 @@ gradients and optimiser state are sharded between them (FSDP2), each transformer
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+Value = TypeVar("Value")
 _PATIENCE = timedelta(hours=12)  # processes wait for the first one while it runs `--eval-command`
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Which process this is, of how many; what it does together with the others does nothing where it is alone."""
+    """Which process this is, of how many."""
 
     rank: int = 0
     size: int = 1
@@ -34,30 +35,13 @@ class World:
         """Whether this process writes what all of them make."""
         return self.rank == 0
 
-    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Each value, summed over the processes in float64."""
+    def gather(self, value: Value) -> list[Value]:
+        """What each process has, by rank; waits until all are here."""
         if self.size == 1:
-            return dict(values)
-        summed = torch.tensor(list(values.values()), dtype=torch.float64)
-        dist.all_reduce(summed)
-        return dict(zip(values, summed.tolist(), strict=True))
-
-    def gather(self, items: Sequence[int]) -> list[int]:
-        """The items of all processes."""
-        if self.size == 1:
-            return list(items)
+            return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, list(items))
-        return [item for some in found for item in some]
-
-    def any(self, claim: bool) -> bool:
-        """Whether a claim holds in any process."""
-        return self.totals({"claim": claim})["claim"] > 0
-
-    def wait(self) -> None:
-        """Wait until all are here."""
-        if self.size > 1:
-            dist.barrier()
+        dist.all_gather_object(found, value)
+        return found
 
 
 ALONE = World()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import lopd_store
 from lopd_store.topk import TopK
-from lopd_train import TrainConfig
+from lopd_train import TrainConfig, opd
 from lopd_train.batches import Record
 from lopd_train.data import Feed, Limits, Source, artifact_source
+from lopd_train.student import Student
+from lopd_train.trainer import Term, Trainer
 
 
 def record(
@@ -55,6 +58,12 @@ def source_of(*parts: Sequence[Record]) -> Source:
     """Parts made by hand."""
     sizes = {number: len(part) for number, part in enumerate(parts)}
     return Source(where="records", sizes=sizes, read=lambda number: list(parts[number]))
+
+
+def trainer_of(student: Student, feed: Feed, directory: Path) -> Trainer:
+    """A trainer on what the student's settings minimise."""
+    term = Term(measure=partial(opd.measure, student.config), feed=feed, rollouts=student.config.batch_rollouts)
+    return Trainer(student, [term], directory)
 
 
 def feed_of(records: Sequence[Record], config: TrainConfig, held_out: Sequence[Record] = ()) -> Feed:

@@ -17,7 +17,6 @@ import lopd_train
 from lopd_train import Progress, TrainConfig, checkpoint, student
 from lopd_train.data import Cursor
 from lopd_train.trainer import make_optimizer
-from lopd_train.world import ALONE
 
 
 @contextmanager
@@ -36,9 +35,7 @@ def test_a_full_disk_leaves_the_state_before_it_whole(reference: Path, config: T
     optimizer = make_optimizer(loaded.model, config)
 
     def save(step: int) -> None:
-        checkpoint.save_state(
-            tmp_path, step=step, cursor=Cursor(taken=step), student=loaded, optimizer=optimizer, world=ALONE
-        )
+        checkpoint.save_state(tmp_path, step, [Cursor(taken=step)], loaded, optimizer)
 
     save(1)
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
@@ -48,7 +45,7 @@ def test_a_full_disk_leaves_the_state_before_it_whole(reference: Path, config: T
     with room_for(20_000), pytest.raises(OSError, match="File too large"):
         save(2)
     assert [path.name for path in tmp_path.iterdir()] == ["state-1"]
-    assert checkpoint.load_state(tmp_path, student=loaded, optimizer=optimizer) == (1, Cursor(taken=1))
+    assert checkpoint.load_state(tmp_path, loaded, optimizer) == (1, [Cursor(taken=1)])
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
 
 
@@ -88,13 +85,13 @@ def test_a_command_sees_each_checkpoint_and_may_fail(
 def test_metrics_are_handed_on_as_they_are_written(
     artifact: Path, reference: Path, config: TrainConfig, tmp_path: Path
 ) -> None:
-    heard: list[dict[str, object]] = []
+    heard: list[Progress] = []
     result = lopd_train.train(
         artifact=artifact,
         student=reference,
         output=tmp_path / "opd",
         config=config,
-        on_metrics=lambda step, metrics: heard.append({"step": step, **metrics}),
+        on_progress=heard.append,
     )
     lines = (result.output / "metrics.jsonl").read_text().splitlines()
-    assert heard == [json.loads(line) for line in lines]
+    assert [progress.line for progress in heard if progress.line] == [json.loads(line) for line in lines]

@@ -16,9 +16,7 @@ import lopd_train
 from lopd_store.errors import InputError
 from lopd_train import TrainConfig, student
 from lopd_train.batches import Record, collate
-from lopd_train.opd import objective_of
-from lopd_train.trainer import Trainer
-from tests.train.records import feed_of, records_of
+from tests.train.records import feed_of, records_of, trainer_of
 
 BASE = TrainConfig(steps=2, batch_rollouts=8, learning_rate=2e-3, device="cpu")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -63,10 +61,8 @@ def gradients(model: Path, some: list[Record], config: TrainConfig, directory: P
     directory.mkdir(exist_ok=True)
     loaded = student.load(model, config)
     loaded.model.double()
-    made = Trainer(
-        config=config, objective=objective_of(config), student=loaded, feed=feed_of(some, config), directory=directory
-    )
-    loss = made.backward(some)["loss"]
+    made = trainer_of(loaded, feed_of(some, config), directory)
+    loss = made.backward(some, made.terms[0])["loss"]
     return loss, torch.cat([parameter.grad.flatten() for parameter in loaded.model.parameters()])
 
 

@@ -19,7 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from lopd_train import TrainConfig, packing, student
+from lopd_store.errors import DataError
+from lopd_train import TrainConfig, student
 from lopd_train.batches import Batch, Record, collate
 from lopd_train.student import Student
 from tests.tiny import tiny_tokenizer
@@ -47,7 +48,6 @@ FAMILIES = {
     "qwen3, half of whose layers see a window": Qwen3Config(
         **SHAPE, **WINDOW, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]
     ),
-    "mamba, which cannot be packed": MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 
 
@@ -77,14 +77,12 @@ def gradient(model: Any, logprobs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.filterwarnings("ignore")  # mamba says that its kernels are slow here
 def test_packed_rollouts_give_the_logprobs_and_the_gradient_of_one_by_one(family: str, tmp_path: Path) -> None:
     made = loaded(FAMILIES[family], tmp_path)
     packed = logprobs(made, collate(records(), "cpu"))
     alone = torch.cat([logprobs(made, collate([item], "cpu")) for item in records()])
     plain = Model.from_pretrained(tmp_path)  # as transformers has it
     dense = torch.cat([_logprobs(plain, item) for item in records()])
-    assert made.packs == (not family.startswith("mamba"))
     torch.testing.assert_close(packed, dense, rtol=TOLERANCE, atol=TOLERANCE)
     expected = gradient(plain, dense)
     for found in (packed, alone):
@@ -109,9 +107,24 @@ def _expect_no_mask(module: Any, arguments: Any, options: dict[str, Any]) -> Non
     assert options["attention_mask"] is None
 
 
-def test_a_model_that_looks_across_rollouts_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "inputs", lambda ids, borders: {"input_ids": ids})
-    assert not loaded(FAMILIES["llama"], tmp_path).packs
+@pytest.mark.filterwarnings("ignore")  # mamba says that its kernels are slow here
+def test_a_model_that_looks_across_rollouts_is_refused(tmp_path: Path) -> None:
+    recurrent = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(DataError, match="a `MambaForCausalLM` cannot be trained on packed rollouts\n  expected"):
+        loaded(recurrent, tmp_path)
+
+
+def test_a_student_in_training_generates_what_transformers_does_with_padding_and_a_cache(tmp_path: Path) -> None:
+    made = loaded(FAMILIES["llama"], tmp_path)
+    plain = Model.from_pretrained(tmp_path)
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    found, expected = (
+        model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        for model in (made.model, plain)
+    )
+    assert found.shape == (2, 17)
+    assert torch.equal(found, expected)
 
 
 def _logprobs(model: Any, item: Record) -> Tensor:

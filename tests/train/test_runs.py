@@ -69,7 +69,16 @@ def test_the_metrics_have_a_line_per_step_and_per_evaluation(opd: RunResult) -> 
     lines = metrics(opd.output)
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     steps = [line for line in lines if "loss" in line]
-    watched = {"loss", "reverse_kl", "advantage", "entropy", "grad_norm", "drift", "effective_sample_size"}
+    watched = {
+        "loss",
+        "reverse_kl",
+        "advantage",
+        "cross_entropy",
+        "entropy",
+        "grad_norm",
+        "drift",
+        "effective_sample_size",
+    }
     assert all(set(line) == {"step", "tokens", "learning_rate"} | watched for line in steps)
     assert [line["step"] for line in lines if "eval_reverse_kl" in line] == [0, 2, 4, 6]
     assert opd.steps == 6
@@ -229,7 +238,7 @@ def test_an_output_that_exists_is_refused_and_a_finished_run_with_a_hint(
     opd: RunResult, artifact: Path, reference: Path, config: TrainConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        InputError, match="opd` is a finished run\n\nhint: choose another `--output`; to train it further"
+        InputError, match="opd` exists\n\nhint: choose another `--output`; to train a finished run further"
     ):
         lopd_train.train(artifact=artifact, student=reference, output=opd.output, config=config)
     with pytest.raises(InputError, match=f"`{tmp_path}` exists"):
@@ -362,7 +371,7 @@ def test_progress_counts_rollouts_up_to_the_end(
     assert done == sorted(done)
     assert done[0] == 0
     assert done[-1] == 30  # the last evaluation
-    assert heard[0].activity.startswith("evaluating, 0 of ")
+    assert heard[0].activity == "evaluating, micro-batch 1"
 
 
 def test_the_data_of_a_run_is_in_no_order_that_its_micro_batches_decide(

@@ -19,6 +19,7 @@ from lopd_train import TrainConfig, student
 from lopd_train.batches import Batch, collate
 from lopd_train.head import Predictions, Sums
 from lopd_train.student import Student
+from lopd_train.world import ALONE
 from tests.train.records import record, records_of
 
 
@@ -50,9 +51,9 @@ def rigged() -> Student:
         model=SimpleNamespace(get_output_embeddings=torch.nn.Identity),
         tokenizer=None,
         split=split,
+        config=TrainConfig(),
         device="cpu",
-        dtype=torch.float32,
-        packs=True,
+        world=ALONE,
         gathered=lambda function, *arguments: function(*arguments),
     )
 

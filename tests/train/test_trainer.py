@@ -12,9 +12,8 @@ from lopd_store.errors import DataError
 from lopd_train import TrainConfig, student
 from lopd_train.batches import Record
 from lopd_train.data import Cursor
-from lopd_train.opd import objective_of
 from lopd_train.trainer import Trainer
-from tests.train.records import feed_of, records_of
+from tests.train.records import feed_of, records_of, trainer_of
 
 TINY_SETTINGS = TrainConfig(steps=4, batch_rollouts=4, learning_rate=1e-3, device="cpu", checkpoint_every=1)
 
@@ -30,13 +29,8 @@ def trainer(
     model: Path, records: list[Record], directory: Path, config: TrainConfig = TINY_SETTINGS, held_out: int = 0
 ) -> Trainer:
     directory.mkdir(exist_ok=True)
-    return Trainer(
-        config=config,
-        objective=objective_of(config),
-        student=student.load(model, config),
-        feed=feed_of(records[held_out:] or records, config, records[:held_out]),
-        directory=directory,
-    )
+    feed = feed_of(records[held_out:] or records, config, records[:held_out])
+    return trainer_of(student.load(model, config), feed, directory)
 
 
 def gradients(
@@ -45,7 +39,7 @@ def gradients(
     """Loss and gradient of one optimiser step over all of these rollouts, with a body in float64."""
     made = trainer(model, records, directory, config)
     made.student.model.double()
-    loss = made.backward(records)["loss"]
+    loss = made.backward(records, made.terms[0])["loss"]
     return loss, torch.cat([parameter.grad.flatten() for parameter in made.student.model.parameters()])
 
 
@@ -76,7 +70,8 @@ def test_the_mean_is_over_positions_and_not_over_rollouts(
 def test_a_student_equal_to_the_teacher_has_no_advantage(
     records: list[Record], teacher_dir: Path, reference: Path, tmp_path: Path
 ) -> None:
-    same, other = (trainer(model, records, tmp_path).backward(records) for model in (teacher_dir, reference))
+    trainers = [trainer(model, records, tmp_path) for model in (teacher_dir, reference)]
+    same, other = (made.backward(records, made.terms[0]) for made in trainers)
     assert abs(same["advantage"]) < 1 / 512
     assert abs(same["loss"]) < 1e-2
     assert other["advantage"] < -1
