@@ -122,6 +122,9 @@ def opd(
     student: ModelOption,
     output: OutputOption,
     config: TrainConfig,
+    sft_data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="SFT data of the same teacher to mix in; see `--sft-weight`.")
+    ] = None,
     allow_unknown_sft_teacher: AllowUnknownOption = False,
     allow_inconsistent_teacher: AllowInconsistentOption = False,
     track: Track = None,
@@ -133,6 +136,7 @@ def opd(
             artifact=artifact,
             student=student,
             output=output,
+            sft_data=sft_data,
             config=config,
             overrides=overrides(allow_unknown_sft_teacher, allow_inconsistent_teacher),
             on_progress=on_progress,

@@ -60,7 +60,7 @@ METRICS_FILE = "metrics.jsonl"
 _CHECKPOINTS = "checkpoints"
 _PLACE_FILE = "place.json"  # in a state: where in its steps and data the run is
 # What may differ between a run and its resumption: where things lie, and the settings that say so.
-_NOT_COMPARED = {"inputs.model.path", "inputs.model.identity.name", "inputs.data.path"}
+_NOT_COMPARED = {"inputs.model.path", "inputs.model.identity.name", "inputs.data.path", "inputs.sft_data.path"}
 _TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)
 _NOT_COMPARED |= {f"config.{name}" for name in FREE_TO_CHANGE}
 
@@ -76,6 +76,8 @@ class Run:
     data: str | list[str]  # where the artifact or the SFT data lies, in the order of `sft`
     data_digest: str | None  # of the one file, or the artifact's fingerprint
     sft: tuple[SftProvenance, ...]  # of the model that will come out
+    sft_data: str | None = None  # what is mixed in, where it lies
+    sft_data_digest: str | None = None
     verdict: State | None = None  # of the gate
     overrides: tuple[str, ...] = ()
     artifact: Manifest | None = None  # of an opd run, for the model card
@@ -88,6 +90,7 @@ class Run:
             "inputs": {
                 "model": {"path": self.model, "identity": self.base.to_json()},
                 "data": {"path": self.data, "digest": self.data_digest},
+                "sft_data": {"path": self.sft_data, "digest": self.sft_data_digest},
                 "sft": [one.to_json() for one in self.sft],
             },
             "verdict": self.verdict,

@@ -77,6 +77,10 @@ class TrainConfig:
     correction_cap: Annotated[float, FROM_1, "Greatest such ratio."] = 2.0
     reference_kl_weight: Annotated[float, FROM_0, "Of opd: weight of the KL to the reference policy."] = 0.0
     cross_entropy_weight: Annotated[float, FROM_0, "Of opd: weight of the cross-entropy of the response."] = 0.0
+    sft_weight: Annotated[float, FROM_0, "Of opd with `--sft-data`: weight of the mean cross-entropy of that data."] = (
+        0.0
+    )
+    sft_rollouts: Annotated[int, FROM_1, "Of opd with `--sft-data`: rollouts of it per optimiser step."] = 32
     steps: Annotated[int | None, FROM_1, "Optimiser steps; by default as many as `epochs` asks for."] = None
     epochs: Annotated[float, ABOVE_0, "Passes over the training rollouts, where `steps` is not given."] = 1.0
     learning_rate: Annotated[float, ABOVE_0, "Peak learning rate."] = 2e-6

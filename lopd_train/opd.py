@@ -19,13 +19,16 @@ import lopd_store
 from lopd_store import gate
 from lopd_store.errors import InputError
 from lopd_store.identity import identify
+from lopd_store.provenance import sft_of_data
+from lopd_store.rollouts import RolloutsFile
 from lopd_train import losses, measures
 from lopd_train.batches import Batch
 from lopd_train.checkpoint import Run, check_output
 from lopd_train.config import OPD, TrainConfig
-from lopd_train.data import Feed, artifact_source
+from lopd_train.data import Feed, artifact_source, rollouts_source
 from lopd_train.head import Predictions, Sums
 from lopd_train.runlog import OnProgress
+from lopd_train.sft import check_tokenizer, cross_entropy
 from lopd_train.student import Student, limits
 from lopd_train.trainer import RunResult, Term, fit
 
@@ -35,14 +38,17 @@ def train_opd(
     artifact: str | Path,
     student: str | Path,
     output: str | Path,
+    sft_data: str | Path | None = None,
     config: TrainConfig = OPD,
     overrides: Collection[str] = (),
     on_progress: OnProgress | None = None,
 ) -> RunResult:
     """Train a student on an artifact; goes on where an interrupted run with this output stopped.
 
-    Raises ConsistencyError where the gate refuses and `overrides` (names in `lopd_store.gate.OVERRIDES`) do not
-    cover it; what they covered is recorded in the run and in the checkpoint.
+    With `sft_data`, a step minimises the mean loss over the positions of its rollouts plus `sft_weight` times the mean
+    cross-entropy over those of `sft_rollouts` rows of that file, which must be the same teacher's. Raises
+    ConsistencyError where the gate refuses and `overrides` (names in `lopd_store.gate.OVERRIDES`) do not cover it;
+    what they covered is recorded in the run and in the checkpoint.
     """
     output = Path(output)
     check_output(output)
@@ -68,6 +74,19 @@ def train_opd(
             hint="`lopd-store generate` keeps them with the rollouts, and `build` takes them over",
         )
     config = config.resolve(feed.rollouts)
+    terms = [Term(measure=partial(measure, config), feed=feed, rollouts=config.batch_rollouts)]
+    if (sft_data is None) != (config.sft_weight == 0):
+        raise InputError("`sft_data` and `sft_weight` go together", hint="`--sft-data FILE --sft-weight 0.1`")
+    if sft_data is not None:
+        file = RolloutsFile(sft_data)
+        check_tokenizer(file.record, base)
+        sft = sft_of_data(file.record, file.digest())
+        verdicts = [gate.judge([replace(one, sft=sft)], base) for one in inputs]
+        of_data = min(verdicts, key=lambda verdict: len(verdict.findings))  # one of the teachers must have written it
+        overridden = tuple(sorted({*overridden, *gate.enforce(of_data, overrides)}))
+        mixed = Feed(rollouts_source(file), limits(student, base), config=replace(config, eval_fraction=0))
+        rollouts = min(config.sft_rollouts, mixed.rollouts)
+        terms += [Term(measure=cross_entropy, feed=mixed, rollouts=rollouts, weight=config.sft_weight)]
     run = Run(
         method="opd",
         config=config,
@@ -75,12 +94,13 @@ def train_opd(
         base=base,
         data=str(artifact),
         data_digest=opened.fingerprint,
+        sft_data=None if sft_data is None else str(sft_data),
+        sft_data_digest=None if sft_data is None else file.digest(),
         sft=tuple(replace(one.sft, domain=one.domain) for one in inputs),
         verdict=verdict.state,
         overrides=overridden,
         artifact=opened.manifest,
     )
-    terms = [Term(measure=partial(measure, config), feed=feed, rollouts=config.batch_rollouts)]
     return fit(run, terms, output, on_progress)
 
 

@@ -40,7 +40,7 @@ def train_sft(
     files = {domain: RolloutsFile(path) for domain, path in by_domain(data, "data").items()}
     base = identify(model)
     for file in files.values():
-        _check_tokenizer(file.record, base)
+        check_tokenizer(file.record, base)
     feed = Feed(rollouts_source(*files.values()), limits(model, base), config=config)
     sft = tuple(sft_of_data(file.record, file.digest(), domain) for domain, file in files.items())
     paths = [str(file.path) for file in files.values()]
@@ -66,7 +66,7 @@ def _measure(predicted: Predictions, piece: Batch) -> Sums:
     return {"loss": losses.cross_entropy(predicted.sampled).sum(), **measures.measure(predicted, piece)}
 
 
-def _check_tokenizer(record: RolloutsRecord | None, base: ModelIdentity) -> None:
+def check_tokenizer(record: RolloutsRecord | None, base: ModelIdentity) -> None:
     """The ids of the data must mean to the model what they meant to the teacher."""
     if record is None:
         return

@@ -154,7 +154,8 @@ class Trainer:
             (sums["loss"] * (counts * term.weight * self.world.size / tokens)).backward()
             pieces.append((batch.rows, {name: counts * value.detach() for name, value in sums.items()}))
             self._done += len(batch.rows) * self.world.size if term is self.terms[0] else 0
-        return self._means(pieces, tokens, f"loss of step {self.step + 1}")
+        which = "loss" if term is self.terms[0] else "loss on SFT data"
+        return self._means(pieces, tokens, f"{which} of step {self.step + 1}")
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
