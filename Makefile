@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-system lint format types vectors bench-audit bench-build bench-format bench-hub bench-identity bench-peers bench-train clean
+.PHONY: demo test test-system lint format types vectors bench-audit bench-build bench-format bench-hub bench-identity bench-live bench-peers bench-train clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -39,6 +39,10 @@ bench-audit: .venv/installed
 
 bench-train: .venv/installed
 	$(BIN)/python benchmarks/train.py
+
+# Standard OPD, with the teacher in the loop, beside the offline kind.
+bench-live: .venv/installed
+	$(BIN)/python benchmarks/live_opd.py
 
 # `make bench-peers DISTILLKIT=path/to/DistillKit PEER_PYTHON=path/to/python`: one that has what DistillKit wants.
 bench-peers: .venv/installed

@@ -1,11 +1,12 @@
 """Standard OPD, with the teacher in the loop, beside the offline kind: the same loss, prompts and number of rollouts.
 
-    python benchmarks/live_opd.py                                         # SmolLM2, after sft on human solutions
+    python benchmarks/live_opd.py                                         # SmolLM2 teaches its first 24 layers
     python benchmarks/live_opd.py --teacher T --student S --prompts FILE  # others
     python benchmarks/live_opd.py --small                                 # models of no size; keeps no results
 
 Live, every step samples from the student of that moment and asks the teacher. Offline, the rollouts are sampled once,
-from the student at the start, and scored once. Both are judged by whole distributions on new rollouts of what came out.
+from the student at the start, and scored once. Both are judged by whole distributions, on new rollouts of what came out
+on prompts that neither was trained on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import relatives
 import torch
-from distributions import MODEL, packaged, write_prompts
+from distributions import MODEL, packaged, say, write_prompts
 from measure import machine
 from report import table, write_section
 from steps import shrunk
@@ -40,10 +41,11 @@ from lopd_train.batches import Batch, Record, collate
 from lopd_train.head import Predictions, Sums
 from lopd_train.opd import measure
 from lopd_train.student import Student
-from lopd_train.trainer import make_optimizer
+from lopd_train.trainer import learning_rate, make_optimizer
 
 HERE = Path(__file__).parent
-JUDGED, JUDGE_SEED = 16, 1_000  # rollouts, and a seed that no training has
+JUDGED, JUDGE_SEED = 32, 1_000  # rollouts, and a seed that no training has
+OURS = "Teacher SmolLM2-135M-Instruct, student its first 24 layers after sft on its answers"
 AT_ONCE = 4  # rollouts in a forward pass
 Ids = npt.NDArray[np.uint32]
 
@@ -52,9 +54,11 @@ Ids = npt.NDArray[np.uint32]
 class Task:
     """Who learns what from whom."""
 
+    who: str
     teacher: Path
     student: Path
     prompts: Path
+    held_out: Path  # other prompts
     tokens: int  # of a response
     config: TrainConfig
 
@@ -79,10 +83,10 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--student", type=Path)
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rollouts", type=int, default=8, help="a step")
     parser.add_argument("--tokens", type=int, default=64, help="of a response, at most")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the models are kept")
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="the file whose section is rewritten")
     parser.add_argument("--small", action="store_true", help="models of no size, in a minute; keeps no results")
@@ -91,6 +95,7 @@ def main() -> None:
         steps=options.steps,
         batch_rollouts=options.rollouts,
         learning_rate=options.learning_rate,
+        warmup_steps=2,
         eval_fraction=0,
         device="cpu",
     )
@@ -100,10 +105,14 @@ def main() -> None:
         else:
             cache = options.cache / "audit"
             cache.mkdir(parents=True, exist_ok=True)
+            prompts, held_out = split(options.prompts or function_headers(Path(scratch)), Path(scratch))
+            named = f"Teacher {options.teacher}, student {options.student}"
             task = Task(
+                who=named if options.teacher and options.student else OURS,
                 teacher=options.teacher or relatives.teacher(cache),
-                student=options.student or relatives.fine_tuned(cache),
-                prompts=options.prompts or own_prompts(Path(scratch)),
+                student=options.student or taught(cache),
+                prompts=prompts,
+                held_out=held_out,
                 tokens=options.tokens,
                 config=config,
             )
@@ -125,10 +134,10 @@ def compare(task: Task, scratch: Path) -> str:
             [name, *(f"{seconds:.1f}" for seconds in [*spent, sum(spent)]), f"{judge(trained, teacher, task):.4f}"]
         )
     return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}. Teacher {task.teacher.name}, student {task.student.name}: "
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}. {task.who}: "
         f"{config.steps} steps of {config.batch_rollouts} rollouts of up to {task.tokens} tokens, objective "
         f"`{config.objective}`, learning rate {config.learning_rate:g}. KL(student || teacher) is over the whole "
-        f"vocabulary, on {JUDGED} new rollouts of each student.\n\n"
+        f"vocabulary, on {JUDGED} new rollouts of each student, on prompts held out.\n\n"
     ) + table(["", "sampling, s", "scoring, s", "updating, s", "all, s", "reverse KL, nats/token"], lines)
 
 
@@ -136,7 +145,7 @@ def train_live(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Stu
     """The loop: sample, score, update."""
     config, trained = task.config, student.load(task.student, task.config)
     optimizer = make_optimizer(trained.model, config)
-    prompts = prompt_ids(task, trained)
+    prompts = prompt_ids(task.prompts, trained)
     for step in range(config.steps or 0):
         streams = range(step * config.batch_rollouts, (step + 1) * config.batch_rollouts)
         with clock.on("sampling"):
@@ -149,6 +158,8 @@ def train_live(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Stu
             for start in range(0, len(records), AT_ONCE):
                 sums = measure(config, trained, collate(records[start : start + AT_ONCE], trained.device))
                 (sums["loss"] / tokens).backward()  # type: ignore[no-untyped-call]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step + 1)
             torch.nn.utils.clip_grad_norm_(trained.model.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -158,7 +169,7 @@ def train_live(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Stu
 def train_offline(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Student:
     """The pipeline: rollouts, artifact, training; each rollout is read once."""
     config, rollouts, artifact = task.config, scratch / "rollouts.parquet", scratch / "artifact"
-    prompts = len(prompt_ids(task, teacher))
+    prompts = len(prompt_ids(task.prompts, teacher))
     wanted = (config.steps or 0) * config.batch_rollouts
     with clock.on("sampling"):
         lopd_store.generate(
@@ -184,7 +195,7 @@ def train_offline(task: Task, teacher: Student, clock: Clock, scratch: Path) -> 
 
 def judge(judged: Student, teacher: Student, task: Task) -> float:
     """KL(student || teacher) in nats per token, along new rollouts of the student."""
-    prompts = prompt_ids(task, judged)
+    prompts = prompt_ids(task.held_out, judged)
     chosen = [prompts[number % len(prompts)] for number in range(JUDGED)]
     total, positions = 0.0, 0
     for record in sample(judged, chosen, range(JUDGED), task, seed=JUDGE_SEED):
@@ -232,9 +243,43 @@ def score(teacher: Student, record: Record) -> npt.NDArray[np.float32]:
     return torch.cat(found).cpu().numpy()
 
 
-def prompt_ids(task: Task, model: Student) -> list[Ids]:
+def prompt_ids(prompts: Path, model: Student) -> list[Ids]:
     """The prompts as the model's tokenizer has them."""
-    return [prompt.ids for prompt in read_prompts(task.prompts, model.tokenizer)]
+    return [prompt.ids for prompt in read_prompts(prompts, model.tokenizer)]
+
+
+def taught(cache: Path) -> Path:
+    """The teacher's first layers after SFT on what the teacher wrote, as in the demo."""
+    path = cache / "taught"
+    if not path.is_dir():
+        data, base = relatives.own_text(cache), relatives.truncated(cache)
+        say("sft on what the teacher wrote")
+        config = replace(
+            lopd_train.SFT,
+            steps=20,
+            learning_rate=2e-4,
+            warmup_steps=2,
+            batch_rollouts=8,
+            eval_fraction=0,
+            device="cpu",
+        )
+        lopd_train.train_sft(model=base, data=data, output=path, config=config)
+    return path
+
+
+def function_headers(directory: Path) -> Path:
+    """HumanEval's shortest functions, to be completed."""
+    return write_prompts(directory / "prompts.jsonl", relatives.problems()[:80])
+
+
+def split(prompts: Path, directory: Path) -> tuple[Path, Path]:
+    """The prompts to train on, and the last fifth of them, which is held out."""
+    lines = prompts.read_text(encoding="utf-8").splitlines(keepends=True)
+    border = len(lines) - max(1, len(lines) // 5)
+    paths = directory / "trained-on.jsonl", directory / "held-out.jsonl"
+    for path, some in zip(paths, (lines[:border], lines[border:]), strict=True):
+        path.write_text("".join(some), encoding="utf-8")
+    return paths
 
 
 def own_prompts(directory: Path) -> Path:
@@ -250,10 +295,13 @@ def small_task(directory: Path, config: TrainConfig) -> Task:
         with models.without_bars():
             shrunk(models.load_config(files), seed=seed).save_pretrained(directory / name)
         models.load_tokenizer(files).save_pretrained(directory / name)
+    prompts, held_out = split(own_prompts(directory), directory)
     return Task(
+        who="Models of no size",
         teacher=directory / "teacher",
         student=directory / "student",
-        prompts=own_prompts(directory),
+        prompts=prompts,
+        held_out=held_out,
         tokens=8,
         config=config,
     )

@@ -55,7 +55,7 @@ def fine_tuned(cache: Path) -> Path:
     path = cache / "sft"
     if not path.is_dir():
         base, data = teacher(cache), cache / "sft-data.parquet"
-        _write_solutions(data, _problems()[SAMPLED_PROBLEMS : SAMPLED_PROBLEMS + SFT_PROBLEMS])
+        _write_solutions(data, problems()[SAMPLED_PROBLEMS : SAMPLED_PROBLEMS + SFT_PROBLEMS])
         say(f"{SFT_STEPS} steps of sft")
         config = replace(
             lopd_train.SFT,
@@ -92,7 +92,7 @@ def own_text(cache: Path, temperature: float = 1.0) -> Path:
         say(f"sampling answers at temperature {temperature:g}")
         lopd_store.generate(
             model=teacher(cache),
-            prompts=write_prompts(cache / "prompts.jsonl", _problems()[:SAMPLED_PROBLEMS]),
+            prompts=write_prompts(cache / "prompts.jsonl", problems()[:SAMPLED_PROBLEMS]),
             output=path,
             temperature=temperature,
             max_response_tokens=SAMPLED_TOKENS,
@@ -105,7 +105,7 @@ def human_text(cache: Path, *, bodies_only: bool = False) -> Path:
     """The canonical solutions to the same prompts: whole functions, or only their bodies counted."""
     path = cache / ("human-bodies.parquet" if bodies_only else "human.parquet")
     if not path.is_file():
-        _write_solutions(path, _problems()[:SAMPLED_PROBLEMS], bodies_only=bodies_only)
+        _write_solutions(path, problems()[:SAMPLED_PROBLEMS], bodies_only=bodies_only)
     return path
 
 
@@ -127,7 +127,7 @@ def _write_solutions(path: Path, problems: list[dict[str, Any]], *, bodies_only:
     write_rollouts(path, rows, None)
 
 
-def _problems() -> list[dict[str, Any]]:
+def problems() -> list[dict[str, Any]]:
     """HumanEval, the shortest prompts first; the first of them are what the teacher answered."""
     with gzip.open(packaged(*PROBLEMS), "rt", encoding="utf-8") as lines:
         return sorted(map(json.loads, lines), key=lambda problem: len(problem["prompt"]))

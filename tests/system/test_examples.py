@@ -64,7 +64,11 @@ def test_the_commands_of_the_tour_are_ones_that_exist() -> None:
         assert run_command(program, command, "--help").code == 0, line
 
 
-def test_the_commands_of_the_guide_to_training_run(sealed: Path, student_dir: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_guide_to_training_run(
+    sealed: Path, teacher_dir: Path, student_dir: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.parquet"
+    lopd_store.generate(model=teacher_dir, prompts=prompts_file, output=data, max_response_tokens=8)
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     commands = re.findall(r"^lopd-train opd .*$", text, flags=re.MULTILINE)
     assert len(commands) > 5
@@ -72,6 +76,7 @@ def test_the_commands_of_the_guide_to_training_run(sealed: Path, student_dir: Pa
         line = (
             line.replace("ARTIFACT", str(sealed))
             .replace("SFT", str(student_dir))
+            .replace("FILE", str(data))
             .replace("configs/", f"{ROOT}/configs/")
         )
         line = re.sub(r"--output (\w+)", rf"--output {tmp_path}/\1", line)
