@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
-from measure import medians
 from torch import Tensor
 
 from lopd_store.topk import TopK
@@ -15,6 +14,8 @@ from lopd_train import losses
 from lopd_train.batches import Batch, Record, collate
 from lopd_train.head import Predictions, Sums, chunked_sums
 from lopd_train.losses import Categories
+
+COPIES = 5  # of full logits that autograd holds at its worst
 
 
 class Case:
@@ -79,9 +80,11 @@ def batch(positions: int, vocabulary: int, k: int) -> Batch:
 
 
 def once(how: str, *size: int) -> float:
-    """Loss and gradients one time, for a process whose memory is looked at."""
-    value: float = getattr(Case(*size), how)()
-    return value
+    """Seconds of loss and gradients, for a process whose memory is looked at."""
+    case = Case(*size)
+    started = time.perf_counter()
+    getattr(case, how)()
+    return time.perf_counter() - started
 
 
 def nothing(*size: int) -> None:
@@ -89,9 +92,9 @@ def nothing(*size: int) -> None:
     Case(*size)
 
 
-def times(repeats: int, *size: int) -> tuple[float, float]:
-    """Seconds in chunks and with all logits, taking turns."""
-    case = Case(*size)
-    work: list[Callable[[], float]] = [partial(Case.chunked, case), partial(Case.full, case)]
-    chunked, full = medians(*work, repeats=repeats)
-    return chunked, full
+def fitting(positions: int, vocabulary: int) -> int:
+    """As many positions, of so many, as have room with full logits, a handful of copies of them."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    room = int(0.8 * free) // (COPIES * 4 * vocabulary)
+    return min(positions, max(512, room // 512 * 512))

@@ -56,7 +56,7 @@ def make_materials(directory: Path, config: TrainConfig, *, tiny: bool) -> Mater
         say("sampling rollouts")
         ask = [{"prompt": f"Write a Python function that adds {number} to its argument."} for number in range(8)]
         prompts = write_prompts(directory / "prompts.jsonl", ask[: config.batch_rollouts])
-        tokens = 16 if tiny else 192
+        tokens = 16 if tiny else 128
         lopd_store.generate(model=student, prompts=prompts, output=rollouts, max_response_tokens=tokens)
     if not artifact.is_dir():
         say("scoring them")

@@ -22,7 +22,6 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -60,9 +59,9 @@ METRICS_FILE = "metrics.jsonl"
 _CHECKPOINTS = "checkpoints"
 _PLACE_FILE = "place.json"  # in a state: where in its steps and data the run is
 # What may differ between a run and its resumption: where things lie, and the settings that say so.
-_NOT_COMPARED = {"inputs.model.path", "inputs.model.identity.name", "inputs.data.path", "inputs.sft_data.path"}
+_PLACES = {"inputs.model.path", "inputs.model.identity.name", "inputs.data.path", "inputs.sft_data.path"}
+_NOT_COMPARED = _PLACES | {f"config.{name}" for name in FREE_TO_CHANGE}
 _TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)
-_NOT_COMPARED |= {f"config.{name}" for name in FREE_TO_CHANGE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ def save_state(
         shutil.rmtree(unfinished, ignore_errors=True)
     world.gather(None)
     try:
-        with _alone_or_together():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a process is alone
             save(_tensors(student, optimizer), checkpoint_id=unfinished)
     except CheckpointException as error:  # holds what went wrong in each process
         raise next(iter(error.failures.values()))[0] from error
@@ -163,7 +162,7 @@ def load_state(directory: Path, student: Student, optimizer: torch.optim.Optimiz
         return 0, []
     place = strictjson.loads((states[-1] / _PLACE_FILE).read_bytes(), where=str(states[-1] / _PLACE_FILE))
     tensors = _tensors(student, optimizer)
-    with _alone_or_together():
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a process is alone
         load(tensors, checkpoint_id=states[-1])
     set_state_dict(
         student.model,
@@ -253,14 +252,6 @@ def _tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, An
     """What is trained, by names that do not depend on how many processes there are."""
     model, optimizer_state = get_state_dict(student.model, optimizer, options=_TRAINED_ALONE)
     return {"model": model, "optimizer": optimizer_state}
-
-
-@contextmanager
-def _alone_or_together() -> Iterator[None]:
-    """Keep torch from remarking that a process is alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
 
 
 def _states(directory: Path) -> list[Path]:

@@ -24,8 +24,7 @@ def add(model: Any, config: TrainConfig) -> None:
     except ImportError as error:
         raise InputError("`lora_rank` needs peft", hint='pip install "lopd[lora]"') from error
     settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in words that it will give up
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft's words to transformers are old
         inject_adapter_in_model(settings, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
