@@ -20,12 +20,13 @@ from lopd_store import gate
 from lopd_store.errors import InputError
 from lopd_store.identity import identify
 from lopd_store.provenance import sft_of_data
+from lopd_store.reader import Artifact
 from lopd_store.rollouts import RolloutsFile
 from lopd_train import losses, measures
 from lopd_train.batches import Batch
 from lopd_train.checkpoint import Run, check_output
 from lopd_train.config import OPD, TrainConfig
-from lopd_train.data import Feed, artifact_source, rollouts_source
+from lopd_train.data import Feed, Limits, artifact_source, rollouts_source
 from lopd_train.head import Predictions, Sums
 from lopd_train.runlog import OnProgress
 from lopd_train.sft import check_tokenizer, cross_entropy
@@ -52,41 +53,26 @@ def train_opd(
     """
     output = Path(output)
     check_output(output)
+    if (sft_data is None) != (config.sft_weight == 0):
+        raise InputError("`sft_data` and `sft_weight` go together", hint="`--sft-data FILE --sft-weight 0.1`")
     opened = lopd_store.open(artifact)
     inputs, base = opened.manifest.inputs, identify(student)
     verdict = gate.judge(inputs, base)
     overridden = gate.enforce(verdict, overrides)
-    whole = config.objective != "sampled"  # trains on the whole stored distribution
-    if not opened.view.has_topk and (whole or config.eval_fraction > 0):
-        raise InputError(
-            f"`{artifact}` is a copy without top-k, so reverse KL cannot be computed",
-            hint="pull the whole artifact, or pass `--objective sampled --eval-fraction 0`",
-        )
-    feed = Feed(artifact_source(opened), limits(student, base), config=config, topk=whole)
-    unused = ("none", None, 0)
-    read_reference = [
-        name for name in ("correction", "ratio_clip", "reference_kl_weight") if getattr(config, name) not in unused
-    ]
-    if read_reference and not feed.has_reference:
-        raise InputError(
-            f"`{artifact}` has no log-probs of the reference policy",
-            expected=f"reference log-probs, for `{'`, `'.join(read_reference)}`",
-            hint="`lopd-store generate` keeps them with the rollouts, and `build` takes them over",
-        )
+    reads = limits(student, base)
+    feed = _feed(opened, reads, config)
     config = config.resolve(feed.rollouts)
     terms = [Term(measure=partial(measure, config), feed=feed, rollouts=config.batch_rollouts)]
-    if (sft_data is None) != (config.sft_weight == 0):
-        raise InputError("`sft_data` and `sft_weight` go together", hint="`--sft-data FILE --sft-weight 0.1`")
-    if sft_data is not None:
-        file = RolloutsFile(sft_data)
-        check_tokenizer(file.record, base)
-        sft = sft_of_data(file.record, file.digest())
+    mixed = None if sft_data is None else RolloutsFile(sft_data)
+    if mixed is not None:
+        check_tokenizer(mixed.record, base)
+        sft = sft_of_data(mixed.record, mixed.digest())
         verdicts = [gate.judge([replace(one, sft=sft)], base) for one in inputs]
         of_data = min(verdicts, key=lambda verdict: len(verdict.findings))  # one of the teachers must have written it
         overridden = tuple(sorted({*overridden, *gate.enforce(of_data, overrides)}))
-        mixed = Feed(rollouts_source(file), limits(student, base), config=replace(config, eval_fraction=0))
-        rollouts = min(config.sft_rollouts, mixed.rollouts)
-        terms += [Term(measure=cross_entropy, feed=mixed, rollouts=rollouts, weight=config.sft_weight)]
+        feed = Feed(rollouts_source(mixed), reads, config=replace(config, eval_fraction=0))
+        rollouts = min(config.sft_rollouts, feed.rollouts)
+        terms += [Term(measure=cross_entropy, feed=feed, rollouts=rollouts, weight=config.sft_weight)]
     run = Run(
         method="opd",
         config=config,
@@ -94,14 +80,34 @@ def train_opd(
         base=base,
         data=str(artifact),
         data_digest=opened.fingerprint,
-        sft_data=None if sft_data is None else str(sft_data),
-        sft_data_digest=None if sft_data is None else file.digest(),
+        sft_data=None if mixed is None else str(mixed.path),
+        sft_data_digest=None if mixed is None else mixed.digest(),
         sft=tuple(replace(one.sft, domain=one.domain) for one in inputs),
         verdict=verdict.state,
         overrides=overridden,
         artifact=opened.manifest,
     )
     return fit(run, terms, output, on_progress)
+
+
+def _feed(artifact: Artifact, reads: Limits, config: TrainConfig) -> Feed:
+    """The rollouts of an artifact, which has everything that these settings read."""
+    whole = config.objective != "sampled"  # trains on the whole stored distribution
+    if not artifact.view.has_topk and (whole or config.eval_fraction > 0):
+        raise InputError(
+            f"`{artifact.place}` is a copy without top-k, so reverse KL cannot be computed",
+            hint="pull the whole artifact, or pass `--objective sampled --eval-fraction 0`",
+        )
+    feed = Feed(artifact_source(artifact), reads, config=config, topk=whole)
+    settings = ("correction", "ratio_clip", "reference_kl_weight")
+    used = [name for name in settings if getattr(config, name) not in ("none", None, 0)]
+    if used and not feed.has_reference:
+        raise InputError(
+            f"`{artifact.place}` has no log-probs of the reference policy",
+            expected=f"reference log-probs, for `{'`, `'.join(used)}`",
+            hint="`lopd-store generate` keeps them with the rollouts, and `build` takes them over",
+        )
+    return feed
 
 
 def measure(config: TrainConfig, student: Student, batch: Batch) -> Sums:

@@ -136,12 +136,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._done = 0
-        tokens = sum(some["tokens"] for some in (means, *mixed))
-        speed = {"tokens_per_second": tokens / (time.perf_counter() - started)}
-        metrics = {**means, "learning_rate": rate, "grad_norm": grad_norm} | (
-            {"sft_loss": mixed[0]["loss"]} if mixed else {}
-        )
-        return metrics | speed | ({"dropped": self.cursors[0].dropped} if config.drop_long else {})
+        metrics = {**means, "learning_rate": rate, "grad_norm": grad_norm}
+        metrics |= {"sft_loss": mixed[0]["loss"]} if mixed else {}
+        metrics |= {"dropped": self.cursors[0].dropped} if config.drop_long else {}
+        tokens, seconds = sum(some["tokens"] for some in (means, *mixed)), time.perf_counter() - started
+        return {**metrics, "tokens_per_second": tokens / seconds}
 
     def backward(self, records: Sequence[Record], term: Term) -> Metrics:
         """Add the gradient of a term on these rollouts; returns the means over all their positions."""
