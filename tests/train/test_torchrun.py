@@ -68,9 +68,12 @@ def assert_same_run(found: Path, expected: Path) -> None:
         torch.testing.assert_close(value, two[name], rtol=0, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=["", "--lora-rank 4", "--objective reverse_kl --gradient-checkpointing"])
-def options(request: pytest.FixtureRequest) -> list[str]:
-    return str(request.param).split()
+MIXED = "--objective reverse_kl --gradient-checkpointing --sft-data SFT_DATA --sft-weight 0.5 --sft-rollouts 3"
+
+
+@pytest.fixture(scope="module", params=["", "--lora-rank 4", MIXED])
+def options(request: pytest.FixtureRequest, sft_data: Path) -> list[str]:
+    return str(request.param).replace("SFT_DATA", str(sft_data)).split()
 
 
 def test_two_processes_give_the_curve_and_the_model_of_one(
@@ -81,6 +84,20 @@ def test_two_processes_give_the_curve_and_the_model_of_one(
     assert two.stdout.count("6 steps") == 1  # only the first process answers
     assert_same_run(tmp_path / "2", tmp_path / "1")
     assert json.loads((tmp_path / "2/lopd-provenance.json").read_text())["model"]["name"] == "2"
+
+
+def test_two_processes_in_bfloat16_stay_near_one(artifact: Path, reference: Path, tmp_path: Path) -> None:
+    outputs = [tmp_path / "1", tmp_path / "2"]
+    for number, output in enumerate(outputs, 1):
+        done = opd(artifact, reference, output, "--dtype", "bfloat16", processes=number)
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        [line["eval_reverse_kl"] for line in metrics(output) if "eval_reverse_kl" in line] for output in outputs
+    )
+    assert one[-1] != one[0]
+    assert two == pytest.approx(one, rel=0.02)
+    models = [AutoModelForCausalLM.from_pretrained(output) for output in outputs]
+    assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1)])
