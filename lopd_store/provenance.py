@@ -25,6 +25,7 @@ from lopd_store.models import PROVENANCE_FILE
 Status = Literal["recorded", "declared", "unknown"]
 Method = Literal["sft", "opd"]
 MAX_DOMAINS = 64
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1000
 DOMAINS_EXPECTED = "different names of a-z, 0-9, `.`, `_` and `-`, of at most 64 characters"
 _DOMAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 
@@ -38,20 +39,33 @@ class Sampling:
     max_response_tokens: int | None
     samples_per_prompt: int | None
     seed: int | None
+    stop: tuple[str, ...] | None = None  # a response ends with the token that completes one of these
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with one member per field."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**vars(self), "stop": None if self.stop is None else list(self.stop)}
 
     @classmethod
     def from_json(cls, value: Any, *, where: str, open_ended: bool = False) -> Sampling:
         """Parse what `to_json` gave."""
-        value = strictjson.members(value, [field.name for field in fields(cls)], where=where, open_ended=open_ended)
+        names = [field.name for field in fields(cls)]
+        value = dict(strictjson.members(value, names, where=where, open_ended=open_ended))
+        stop = value.pop("stop")
+        if stop is not None and not (
+            isinstance(stop, list)
+            and len(stop) <= MAX_STOPS
+            and all(isinstance(text, str) and 1 <= len(text) <= MAX_STOP_LENGTH for text in stop)
+        ):
+            raise ArtifactError(
+                f"`{where}.stop` is not a list of texts",
+                expected=f"at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters",
+                actual=repr(stop)[:100],
+            )
         for name, number in value.items():
             kinds = (int, float) if name in ("temperature", "top_p") else (int,)
             if number is not None and (type(number) not in kinds or number < 0):
                 raise ArtifactError(f"`{where}.{name}` is not a number that fits", actual=repr(number)[:100])
-        return cls(**value)
+        return cls(**value, stop=None if stop is None else tuple(stop))
 
 
 @dataclass(frozen=True, kw_only=True)

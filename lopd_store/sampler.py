@@ -25,7 +25,7 @@ from lopd_store.errors import DataError, InputError
 from lopd_store.identity import identify
 from lopd_store.journal import Journal
 from lopd_store.prompts import Prompt, read_prompts
-from lopd_store.provenance import RolloutsRecord, Sampling, read_checkpoint_record
+from lopd_store.provenance import MAX_STOP_LENGTH, MAX_STOPS, RolloutsRecord, Sampling, read_checkpoint_record
 from lopd_store.rollouts import write_rollouts
 from lopd_store.samplers import BATCH_SIZES, Response, load, require_engine
 
@@ -70,9 +70,7 @@ def generate(
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise InputError(f"`{name}` is out of range", expected="1 or more", actual=number)
-    if "" in stop:
-        raise InputError("a stop string is empty")
-    sampling = _sampling(temperature, top_p, max_response_tokens, samples_per_prompt, seed)
+    sampling = _sampling(temperature, top_p, max_response_tokens, samples_per_prompt, seed, stop)
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
     if output.suffix != ".parquet":
@@ -95,7 +93,6 @@ def generate(
         files,
         tokenizer,
         sampling,
-        stop,
         vocab_size=policy.vocab_size,
         dtype=dtype,
         device=device,
@@ -119,7 +116,6 @@ def generate(
     settings = {
         "record": record.to_json(),
         "rows": total,
-        "stop": list(stop),
         "engine": engine,
         "batch_size": batch_size,
         "dtype": dtype,
@@ -155,7 +151,9 @@ def _row(tokenizer: Any, prompt: Prompt, response: Response) -> dict[str, Any]:
     }
 
 
-def _sampling(temperature: float, top_p: float, max_response_tokens: int, samples: int, seed: int) -> Sampling:
+def _sampling(
+    temperature: float, top_p: float, max_response_tokens: int, samples: int, seed: int, stop: Sequence[str]
+) -> Sampling:
     for name, value, fits in (
         ("temperature", temperature, 0 <= temperature <= 100),
         ("top_p", top_p, 0 < top_p <= 1),
@@ -165,12 +163,16 @@ def _sampling(temperature: float, top_p: float, max_response_tokens: int, sample
     ):
         if not fits:
             raise InputError(f"`{name}` is out of range", actual=value)
+    if len(stop) > MAX_STOPS or not all(1 <= len(text) <= MAX_STOP_LENGTH for text in stop):
+        expected = f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters"
+        raise InputError("`stop` is out of range", expected=expected, actual=repr(list(stop))[:100])
     return Sampling(
         temperature=float(temperature),
         top_p=float(top_p),
         max_response_tokens=max_response_tokens,
         samples_per_prompt=samples,
         seed=seed,
+        stop=tuple(stop),
     )
 
 

@@ -17,7 +17,7 @@ TEACHER, OTHER_TEACHER = identity_named("teacher"), identity_named("other-teache
 STUDENT, OTHER_STUDENT = identity_named("student"), identity_named("other-student")
 DATA = digest_contents(b"data").sha256
 SFT = SftProvenance(status="recorded", teacher=TEACHER, data=DATA)
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=20, samples_per_prompt=4, seed=0)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=20, samples_per_prompt=4, seed=0, stop=("END",))
 CHECKPOINT = CheckpointRecord(
     status="recorded", method="sft", model=STUDENT, base=identity_named("base"), data=DATA, sft=(SFT,)
 )

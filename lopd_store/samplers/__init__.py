@@ -85,7 +85,6 @@ def load(
     files: ModelFiles,
     tokenizer: Any,
     sampling: Sampling,
-    stop: Sequence[str],
     *,
     vocab_size: int,
     dtype: str,
@@ -93,7 +92,7 @@ def load(
     longest: int,
 ) -> Sampler:
     """Load a policy into an engine; `longest` is the most tokens of a prompt with its response."""
-    strings = StopStrings(tokenizer, stop)
+    strings = StopStrings(tokenizer, sampling.stop or ())
     if engine == "vllm":
         from lopd_store.samplers.vllm import VllmSampler
 

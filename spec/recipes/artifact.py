@@ -79,7 +79,9 @@ def sampled_by(name: str, **changes: Any) -> RolloutsRecord:
         policy=identity(name, **changes),
         policy_checkpoint=None,
         prompts=digest_bytes(b"prompts"),
-        sampling=Sampling(temperature=1.0, top_p=1.0, max_response_tokens=8, samples_per_prompt=1, seed=0),
+        sampling=Sampling(
+            temperature=1.0, top_p=1.0, max_response_tokens=8, samples_per_prompt=1, seed=0, stop=("\n\n",)
+        ),
     )
 
 

@@ -243,6 +243,8 @@ EDITS: dict[str, dict[str, tuple[str, Any]]] = {
         "temperature_negative": ("inputs.0.rollouts.sampling.temperature", -1.0),
         "prompts_are_no_digest": ("inputs.0.rollouts.prompts", ""),
         "seed_is_a_flag": ("inputs.0.rollouts.sampling.seed", True),
+        "stop_is_a_text": ("inputs.0.rollouts.sampling.stop", "END"),
+        "stop_at_nothing": ("inputs.0.rollouts.sampling.stop", ["END", ""]),
         "unknown_member_of_the_sampling": ("inputs.0.rollouts.sampling.top_k", 50),
     },
     "A019": {

@@ -228,7 +228,8 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(
     )
     Path("rollouts.parquet").unlink()
     assert generate(student_dir, prompts_file, *options, "--stop", stop, "--stop", "never said").code == 0
-    ended = 0
+    record, ended = RolloutsFile("rollouts.parquet").record, 0
+    assert record is not None and record.sampling.stop == (stop, "never said")
     for one, whole in zip(RolloutsFile("rollouts.parquet").read(), free, strict=True):
         assert one.response is not None and whole.response is not None
         count = len(one.response_ids)

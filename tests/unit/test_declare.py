@@ -61,6 +61,7 @@ def test_what_nobody_says_is_taken_from_the_rows(theirs: Path, teacher_dir: Path
         "max_response_tokens": 3,
         "samples_per_prompt": 2,
         "seed": None,
+        "stop": None,
     }
     assert record.prompts is None
 

@@ -187,7 +187,7 @@ def test_the_record_says_who_sampled_from_what_and_how(student_dir: Path, prompt
     assert record is not None and record.status == "recorded" and record.policy_checkpoint is None
     assert record.policy == lopd_store.identify(student_dir)
     assert record.sampling == Sampling(
-        temperature=0.7, top_p=0.9, max_response_tokens=LENGTH, samples_per_prompt=2, seed=3
+        temperature=0.7, top_p=0.9, max_response_tokens=LENGTH, samples_per_prompt=2, seed=3, stop=()
     )
 
 
@@ -211,6 +211,8 @@ def test_progress_ends_with_every_response_and_token(student_dir: Path, prompts:
         ({"max_response_tokens": 0}, "max_response_tokens"),
         ({"samples_per_prompt": 0}, "samples_per_prompt"),
         ({"seed": -1}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["a"] * 65}, "stop"),
         ({"batch_size": 0}, "batch_size"),
         ({"limit": 0}, "limit"),
     ],
