@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="made-up data, in seconds; keeps no results")
     options = parser.parse_args()
     data = made_up() if options.small else Distributions.load(scored(options.cache))
-    positions, parts, repeats = (1 << 12, 3, 1) if options.small else (1 << 20, 6, 5)
+    positions, parts, repeats = (1 << 12, 3, 1) if options.small else (1 << 20, 12, 5)
     with tempfile.TemporaryDirectory() as name, local_hub(Path(name)) as hub:
         artifact = write_artifact(Path(name) / "artifact", data, positions, parts)
         size = sum(path.stat().st_size for path in (artifact / layout.PARTS).iterdir())

@@ -34,7 +34,7 @@ from lopd_store.subset import Only, choose, write_view
 from lopd_store.verifier import OnBytes, verify
 from lopd_store.view import View
 
-_WORKERS = 8
+_WORKERS = 4  # parts come one after the other then, rather than all at the end
 _MAX_SMALL_BYTES = 16 << 20  # of a card or a plot, a build record, or signatures
 _CLIENT_NOTES = ".cache"  # where the client of the Hub keeps what it knows of a download in progress
 _SOURCE = f"{_CLIENT_NOTES}/lopd-source"
