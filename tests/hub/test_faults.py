@@ -195,7 +195,8 @@ def test_an_artifact_read_from_the_hub_survives_every_fault_at_every_request(
         hub.fault = None
         assert error is not None or found == expected, (number, fault)
         outcomes.add(error and error.splitlines()[0])
-    assert len(outcomes) > 1  # the fault was felt
+    if faults == SOME:  # what moved is not seen; a token that expired always is
+        assert len(outcomes) > 1
 
 
 def test_a_hub_that_is_too_slow_is_given_up_and_asked_again_later(
