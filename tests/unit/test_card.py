@@ -91,7 +91,7 @@ def test_the_licence_is_for_the_hub_where_all_teachers_have_the_same() -> None:
 def test_every_teacher_is_found_by_a_tag_and_a_relation_of_its_own() -> None:
     coder = replace(CODER, name="acme/coder", revision="0123")
     found = front_matter(MATH, replace(CODE, teacher=coder))
-    tags = [f"lopd-teacher-{one.weights[7:19]}" for one in (MATH.teacher, CODER)]
+    tags = [f"lopd-artifact-{DATA[7:19]}", *(f"lopd-teacher-{one.weights[7:19]}" for one in (MATH.teacher, CODER))]
     assert found["tags"] == ["lopd", *tags, f"lopd-tokenizer-{CODER.tokenizer[7:19]}", "distillation"]
     assert found["base_model"] == ["acme/coder"]
 
