@@ -52,10 +52,10 @@ def combine(
         (combining / layout.PARTS).mkdir(parents=True)
         _link_parts(opened, combining)
         write_durably(combining / layout.BUILD_RECORD, strictjson.pretty(_happened(opened)))
-        write_card(combining, manifest, data)
         write_durably(combining / layout.MANIFEST, data)
         if not verify(combining, on_bytes=on_bytes).ok:
             _refuse(opened, combining)
+        write_card(combining, manifest, data)  # its plots are drawn from a part, which has to be right
     return reader.open(output)
 
 

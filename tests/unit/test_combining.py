@@ -214,7 +214,7 @@ def test_an_interrupt_leaves_nothing_and_a_kill_nothing_that_stays(
         combine(NAMED, ("code", PLAIN), output=tmp_path / "both", on_bytes=interrupt)
     assert list(tmp_path.iterdir()) == []
     if (child := os.fork()) == 0:
-        monkeypatch.setattr("lopd_store.combining.render_card", lambda *_: os._exit(9))
+        monkeypatch.setattr("lopd_store.combining.write_card", lambda *_: os._exit(9))
         try:
             combine(NAMED, ("code", PLAIN), output=tmp_path / "both")
         finally:
