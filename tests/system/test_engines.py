@@ -25,6 +25,7 @@ from lopd_store.teachers import load
 from lopd_store.teachers.http import HttpTeacher, check_server
 from lopd_store.topk import TopK
 from tests.artifacts import random_pairs, rollout, save_rollouts
+from tests.commands import run_command
 from tests.tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -229,6 +230,14 @@ def test_a_rollout_that_leaves_no_room_for_a_token_is_refused(teacher: Path, ser
     path = save_rollouts(tmp_path / "long.parquet", random_pairs([(CONTEXT - 10, 10)]))
     with pytest.raises(lopd_store.DataError, match=r"longer than the teacher's context(?s:.)*at most 255 tokens"):
         lopd_store.build(teacher=teacher, rollouts=path, output=tmp_path / "artifact", engine="http", server=server.url)
+
+
+def test_a_build_by_a_server_is_planned_like_another(teacher: Path, rollouts_path: Path, server: Server) -> None:
+    planned = ("--teacher", teacher, "--rollouts", rollouts_path, "--probe", 4, "--json")
+    asked = run_command("lopd-store", "plan", *planned, "--engine", "http", "--server", server.url)
+    assert (asked.code, asked.json["rollouts"]) == (0, len(LENGTHS)), asked.stderr
+    wanted = run_command("lopd-store", "plan", *planned).json["choices"]
+    assert [one["mean_k"] for one in asked.json["choices"]] == [one["mean_k"] for one in wanted]
 
 
 def test_a_server_with_other_weights_is_refused(server: Server, tmp_path: Path) -> None:

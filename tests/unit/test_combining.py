@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,22 +206,17 @@ def test_an_artifact_that_does_not_verify_is_named_with_its_code(tmp_path: Path)
         combine(NAMED, ("code", broken), output=tmp_path / "both")
 
 
-def test_an_interrupt_leaves_nothing_and_a_kill_nothing_that_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_leaves_nothing_and_a_kill_nothing_that_stays(tmp_path: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         combine(NAMED, ("code", PLAIN), output=tmp_path / "both", on_bytes=interrupt)
     assert list(tmp_path.iterdir()) == []
-    if (child := os.fork()) == 0:
-        monkeypatch.setattr("lopd_store.combining.write_card", lambda *_: os._exit(9))
-        try:
-            combine(NAMED, ("code", PLAIN), output=tmp_path / "both")
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    killed = "combine(sys.argv[1], ('code', sys.argv[2]), output=sys.argv[3], on_bytes=lambda *_: os._exit(9))"
+    script = f"import os, sys; from lopd_store import combine; {killed}"
+    done = subprocess.run([sys.executable, "-c", script, NAMED, PLAIN, tmp_path / "both"], timeout=120, check=False)
+    assert done.returncode == 9
     assert [path.name for path in tmp_path.iterdir()] == ["both.unfinished"]
     assert combine(NAMED, ("code", PLAIN), output=tmp_path / "both").path.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["both"]
