@@ -59,8 +59,8 @@ def test_the_benchmark_of_the_hub_fills_its_table(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
     for measured in (
-        "push beside the bare client",
-        "pull, its transfer alone",
+        "push at 1 Gbit/s beside the bare client",
+        "pull, at best",
         "requests of a push",
         "bytes to inspect",
     ):
