@@ -142,7 +142,7 @@ def introduction(scale: Scale, size: tuple[int, ...], found: dict[str, tuple[Ste
     """When, where, with what and on what."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("lopd", "torch", "transformers"))
     positions, vocabulary, width, k = size
-    less = f" (of {scale.head[0]:,}: full logits have no room for more)" if positions < scale.head[0] else ""
+    less = f" (of {scale.head[0]:,}: so many fit or were asked for)" if positions < scale.head[0] else ""
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {machine()}, {torch.get_num_threads()} threads; Python "
         f"{platform.python_version()}, {versions}. Steps: SmolLM2-135M-Instruct in float32, "
