@@ -32,8 +32,11 @@ _ANY_WIDTH = 100_000  # lines are as long as they need to be
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def run(app: typer.Typer) -> NoReturn:
-    """Run a command line and leave with its exit code: 0 fine, 1 wrong, 2 usage, 3 could not tell, 130 interrupted."""
+def run(app: typer.Typer, *, at_once: bool = False) -> NoReturn:
+    """Run a command line and leave with its exit code: 0 fine, 1 wrong, 2 usage, 3 could not tell, 130 interrupted.
+
+    It leaves `at_once` where the interpreter's own end is not to be waited for.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: what it cannot show is no reason to fail
@@ -53,6 +56,10 @@ def run(app: typer.Typer) -> NoReturn:
         code = 3
     if code == _INTERRUPTED:
         note("interrupted; run the same command again, and it goes on where it can")
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -192,15 +190,8 @@ def _answer(result: RunResult, json: bool) -> None:
 
 def main() -> None:
     """The entry point of `lopd-train`."""
-    try:
-        console.run(app)
-    except SystemExit as ended:
-        if from_environment().size > 1:
-            # Gloo's threads may outlive the run and abort the interpreter's end, which torchrun takes for a failure.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(ended.code if isinstance(ended.code, int) else 1)
-        raise
+    # Gloo's threads may outlive the run and abort the interpreter's end, which torchrun takes for a failure.
+    console.run(app, at_once=from_environment().size > 1)
 
 
 if __name__ == "__main__":
