@@ -130,17 +130,24 @@ def rollouts_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_rollouts(tmp_path_factory.mktemp("rollouts") / "rollouts.parquet", random_pairs(LENGTHS))
 
 
-def build(teacher: Path, rollouts: Path, output: Path, *more: object, python: Path) -> lopd_store.Artifact:
-    """An artifact made by the command in an environment."""
-    command = ["lopd-store", "build", "--teacher", teacher, "--rollouts", rollouts, "--output", output, *more]
-    ran = subprocess.run(
-        [str(python.parent / "lopd-store"), *map(str, command[1:])],
+def run_build(
+    teacher: Path, rollouts: Path, output: Path, *more: object, python: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in an environment."""
+    command = ["build", "--teacher", teacher, "--rollouts", rollouts, "--output", output, *more]
+    return subprocess.run(
+        [str(python.parent / "lopd-store"), *map(str, command)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=900,
         check=False,
     )
+
+
+def build(teacher: Path, rollouts: Path, output: Path, *more: object, python: Path) -> lopd_store.Artifact:
+    """An artifact made by the command in an environment."""
+    ran = run_build(teacher, rollouts, output, *more, python=python)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return lopd_store.open(output)
 
@@ -226,10 +233,19 @@ def test_an_engine_gives_what_two_models_find_likely_as_the_embedded_one_does(
     assert audits[0].z == pytest.approx(audits[1].z, abs=0.01)
 
 
-def test_a_rollout_that_leaves_no_room_for_a_token_is_refused(teacher: Path, server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["vllm", "http"])
+def test_a_rollout_that_leaves_no_room_for_a_token_is_refused(
+    engine: str, teacher: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     path = save_rollouts(tmp_path / "long.parquet", random_pairs([(CONTEXT - 10, 10)]))
-    with pytest.raises(lopd_store.DataError, match=r"longer than the teacher's context(?s:.)*at most 255 tokens"):
-        lopd_store.build(teacher=teacher, rollouts=path, output=tmp_path / "artifact", engine="http", server=server.url)
+    more: list[object] = ["--engine", engine]
+    if engine == "http":
+        more += ["--server", request.getfixturevalue("server").url]
+    python = VLLM / "python" if engine == "vllm" else Path(sys.executable)
+    ran = run_build(teacher, path, tmp_path / "artifact", *more, python=python)
+    assert ran.returncode == 1
+    assert "longer than the teacher's context" in ran.stderr and "at most 255 tokens" in ran.stderr
+    assert not (tmp_path / "artifact").exists()
 
 
 def test_a_build_by_a_server_is_planned_like_another(teacher: Path, rollouts_path: Path, server: Server) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import lopd_store
+from lopd_store import models
 from lopd_store.rollouts import Rollout, RolloutsFile
 from lopd_store.teachers import load
 from tests.system.test_engines import ENVIRONMENT, TOLERANCE, VLLM, VOCAB_SIZE
@@ -121,5 +122,28 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string_or_with_a_s
         assert one.finish_reason == ("stop" if stop in one.response else whole.finish_reason)
         ended += stop in one.response and len(one.response_ids) < len(whole.response_ids)
     assert ended
+    model = models.find(policy)
+    ids = models.stop_token_ids(models.load_generation_config(model), models.load_tokenizer(model))
+    stopped = 0
     for one in free:
-        assert (one.finish_reason == "length") == (len(one.response_ids) == 40)
+        *before, last = one.response_ids.tolist()
+        assert not set(before) & set(ids)
+        assert (one.finish_reason == "stop") == (last in ids)
+        assert one.finish_reason == "stop" or len(one.response_ids) == 40
+        stopped += last in ids
+    assert stopped
+
+
+def test_at_another_temperature_the_samples_are_sharper_and_the_log_probs_still_the_models_own(
+    policy: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "rollouts.parquet"
+    rollouts = generate(policy, prompts_file, output, *OPTIONS, "--temperature", 0.5)
+    for rollout, wanted in zip(rollouts, sampled_logprobs(policy, rollouts), strict=True):
+        assert rollout.logprobs is not None
+        np.testing.assert_allclose(rollout.logprobs, wanted, atol=TOLERANCE)
+    # As the record says: by the policy at this temperature, and not at 1.
+    record = RolloutsFile(output).record
+    assert record is not None and record.sampling is not None and record.sampling.temperature == 0.5
+    assert abs(lopd_store.audit(model=policy, data=output).overall.z) < 4
+    assert lopd_store.audit(model=policy, data=output, temperature=1).overall.z > 4
