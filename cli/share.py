@@ -28,14 +28,14 @@ def push(
     json: Json = False,
 ) -> None:
     """Verify an artifact and push it to a dataset repository on the Hub; run again, it goes on where it was."""
-    with console.progress("verify", "bytes") as verified:
+    with console.progress("push", "bytes", at_once=False) as sent:
         pushed = lopd_store.push(
             artifact,
             repository,
             private=private,
             create_pr=create_pr,
-            on_bytes=verified.update,
-            on_upload=verified.beside("push").update,
+            on_bytes=sent.beside("verify").update,
+            on_upload=sent.update,
         )
     if json:
         console.answer(vars(pushed))
@@ -63,7 +63,7 @@ def pull(
     signed_by: SignedByOption = None,
     json: Json = False,
 ) -> None:
-    """Download an artifact, or a part of one, and verify it; run again, it goes on where it was."""
+    """Download an artifact, or a part of one, every byte of it compared; run again, it goes on where it was."""
     with console.progress("pull", "bytes", at_once=False) as come:
         artifact = lopd_store.pull(
             place,

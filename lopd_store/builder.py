@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ from lopd_store.handout import OnNote, OnProgress, check_servers, torch_threads
 from lopd_store.manifest import Counts, Scoring, parse
 from lopd_store.plan import Plan, make_plan
 from lopd_store.remote import Remote, is_remote
-from lopd_store.scoring import is_done, note_path
+from lopd_store.scoring import DONE, is_done, note_path
 from lopd_store.survey import OnBad, OnSurveyed
 from lopd_store.teachers import require_engine
+from lopd_store.verifier import verify
 from lopd_store.workers import count_workers, score_parts
 
 OnAudited = Callable[[int, int], None]  # positions of SFT data, positions in all
@@ -189,9 +190,7 @@ def build(
     if is_remote(output):
         raise InputError(f"`{output}` is no directory", hint="`lopd_store.publish` makes an artifact there")
     with _scored(settings, output, None, on_progress, on_audited, on_surveyed, on_note) as (plan, building, used):
-        in_progress.write_seal(plan, building, workers=used)
-        in_progress.rename_into_place(building, Path(output))
-    return reader.open(output)
+        return _seal(plan, building, Path(output), used)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,9 +286,7 @@ def merge(*sources: str | Path, output: str | Path) -> reader.Artifact:
             if source is not None:
                 _take(number, plan, source, building)
         in_progress.require_whole(building, plan)
-        in_progress.write_seal(plan, building, workers=None)
-        in_progress.rename_into_place(building, output)
-    return reader.open(output)
+        return _seal(plan, building, output, None)
 
 
 @contextmanager
@@ -351,6 +348,15 @@ def _audit_sft(plan: Plan, building: Path, on_audited: OnAudited | None) -> None
             on_progress=on_audited,
         )
     write_durably(path, strictjson.pretty(found.to_json()))
+
+
+def _seal(plan: Plan, building: Path, output: Path, workers: int | None) -> reader.Artifact:
+    """Seal a build, and let it appear once every byte and value of it is verified."""
+    in_progress.write_seal(plan, building, workers=workers)
+    for found in verify(building).findings:
+        raise replace(found, hint=f"remove `{building / DONE}/NNNNN.json` of the part, to score it again").to_error()
+    in_progress.rename_into_place(building, output)
+    return reader.open(output)
 
 
 def _publish(remote: Remote, plan: Plan, building: Path, workers: int | None) -> Published:

@@ -201,6 +201,7 @@ def require_whole(building: Path, plan: Plan) -> None:
 
 def write_seal(plan: Plan, building: Path, *, workers: int | None) -> bytes:
     """Write manifest, card and build record; gives the manifest's bytes."""
+    remove_unfinished(building / layout.PARTS)
     notes = [checked_note(building, number, plan) for number in range(len(plan.parts))]
     entries = tuple(note.entry for note in notes)
     skipped = sorted([*plan.skipped, *(bad for note in notes for bad in note.skipped)], key=lambda bad: bad.row)
@@ -271,7 +272,6 @@ def read_sft_audit(building: Path, plan: Plan) -> SftAudit | None:
 
 def rename_into_place(building: Path, output: Path) -> None:
     """Let a build whose manifest is written appear as an artifact."""
-    remove_unfinished(building / layout.PARTS)
     building.rename(output)
     sync_directory(output.parent)
     # What a resumed build needs goes last: killed before this, the same call finds every part done and seals again.

@@ -1,12 +1,12 @@
-"""Pulling: an artifact, or a part of one, by name, from the Hub or an object store; verified before it is there.
+"""Pulling: an artifact, or a part of one, by name, from the Hub or an object store; no byte of it taken on trust.
 
     pull("acme/dapo-17k-qwen3-8b", output="artifact", fingerprint="sha256:…")
     pull("acme/dapo-17k-qwen3-8b@lopd-0123456789ab", only="sampled")        # into the cache
     pull("sha256:…")        # from wherever it is on the Hub
 
-The manifest comes first; what the source says of its files is compared with it before any is downloaded, and each part
-is verified as soon as it is there, beside the download of the next. Until all are right they lie in `output.pulling`,
-where an interrupted pull goes on.
+The manifest comes first; what the source says of its files is compared with it before any is downloaded, and the bytes
+of each part as soon as they are there, beside the download of the next. What they say is checked where it is read, see
+`Artifact.part`. Until all have the right digests they lie in `output.pulling`, where an interrupted pull goes on.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def pull(
     on_download: OnBytes | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Artifact:
-    """Download an artifact, verify it, and only then let it appear at `output`, or in the cache; returns it opened.
+    """Download an artifact, compare every byte with its digest, and only then let it appear; returns it opened.
+
+    It appears at `output`, or in the cache. `verify` looks at its values, and so does training when it reads them.
 
     `place` is OWNER/NAME, with `@REVISION` or not (a tag, a branch or a commit), a URL, or a fingerprint, for which a
     repository is looked up. Given a fingerprint beside a place, its tag is fetched and any other artifact refused;
@@ -112,7 +114,7 @@ def _pull(
         if not view.is_whole(remote.manifest):
             write_view(pulling, view, remote.fingerprint)
         with _downloads(source, remote.manifest, view, pulling, on_download) as arriving:
-            verify(pulling, on_bytes=on_bytes, arriving=arriving).require_ok()
+            verify(pulling, values=False, on_bytes=on_bytes, arriving=arriving).require_ok()
     shutil.rmtree(pulling / _CLIENT_NOTES)
 
 

@@ -25,6 +25,7 @@ import xxhash
 
 from lopd_store import gate, layout, manifest, sources
 from lopd_store.cache import read_cached
+from lopd_store.contents import check_contents
 from lopd_store.digest import FileDigests, digest_bytes
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.hub import require_fingerprint
@@ -79,17 +80,23 @@ class Artifact:
         starts, first = [*self._first_rollouts, len(self)], max(parts.start, here.start)
         return range(starts[first], starts[max(first, min(parts.stop, here.stop))])
 
-    def part(self, number: int) -> Part:
-        """Decode one part; raises ArtifactError where its bytes are not those of the manifest."""
+    def part(self, number: int, *, check: bool = False) -> Part:
+        """Decode one part; raises ArtifactError where its bytes are not those of the manifest.
+
+        With `check`, also where its values break a rule of the format, as `verify` would find. Whoever trains on a part
+        that nobody has verified asks for it.
+        """
         if number not in self.view.parts:
             raise InputError(
                 f"there is no part {number} in `{self.place}`",
                 expected=f"{self.view.parts.start} to {self.view.parts.stop - 1}",
             )
-        topk = self._read(number, layout.TOPK) if self.view.has_topk else None
+        contents = {kind: self._read(number, kind) for kind in (layout.TOKENS, layout.TOPK) if kind in self.view.kinds}
+        for found in check_contents(number, contents, self.manifest) if check else ():
+            raise found.to_error()
         return read_part(
-            self._read(number, layout.TOKENS),
-            topk,
+            contents[layout.TOKENS],
+            contents.get(layout.TOPK),
             self.manifest.encoding,
             self.manifest.parts[number].counts,
             where=layout.part_name(number),

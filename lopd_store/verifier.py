@@ -23,16 +23,15 @@ import xxhash
 
 from lopd_store import gate, layout, reader, signatures, sources
 from lopd_store import manifest as manifests
-from lopd_store.checks import Finding, audit_rollouts, check_tokens, check_topk, finding, finding_of
-from lopd_store.container import Arrays, Group
+from lopd_store.checks import Finding, finding, finding_of
+from lopd_store.contents import check_contents
 from lopd_store.digest import digest_bytes
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.identity import ModelIdentity
 from lopd_store.listing import check_listing
-from lopd_store.manifest import Manifest, audited_at
-from lopd_store.part import array_lengths, tokens_arrays, topk_arrays
+from lopd_store.manifest import Manifest
+from lopd_store.remembered import remember
 from lopd_store.statistic import SftAudit, Statistic, add_up
-from lopd_store.table import TEXT, read_lengths
 from lopd_store.view import View, read_view
 
 if TYPE_CHECKING:
@@ -87,6 +86,7 @@ def verify(
     path: str | Path,
     *,
     quick: bool = False,
+    values: bool = True,
     student: ModelIdentity | None = None,
     signed_by: str | Path | None = None,
     rescore: int = 0,
@@ -100,6 +100,9 @@ def verify(
     on_part: Callable[[int], None] | None = None,
 ) -> Report:
     """Check an artifact: every byte, every structure, every value; `quick` checks sizes and xxh3 alone.
+
+    Without `values`, every byte is compared with its digest, and what the bytes say is left to whoever reads them, see
+    `Artifact.part`. That all values were right is remembered for `push`.
 
     Of one at a URL only a quick look can be had: sizes, and the sha256 that the Hub knows of its files, beside the
     manifest, without downloading a part.
@@ -130,9 +133,9 @@ def verify(
     if quick and signed_by is not None:  # who signs vouches for sha256, not for xxh3
         raise InputError("a quick verification does not reach as far as a signature", hint="leave out `--quick`")
     signer = None if signed_by is None else signatures.read_public_key(signed_by)
-    if not directory.is_dir() or directory.name.endswith(layout.BUILDING_SUFFIX):
-        raise layout.no_artifact(directory)
     file = directory / layout.MANIFEST
+    if not directory.is_dir() or (directory.name.endswith(layout.BUILDING_SUFFIX) and not file.exists()):
+        raise layout.no_artifact(directory)
     data = b""
 
     def report(*findings: Finding, view: View | None = None, manifest: Manifest | None = None) -> Report:
@@ -168,7 +171,13 @@ def verify(
     audits: dict[int, Statistic] = {}
 
     def check(number: int) -> list[Finding]:
-        return list(_check_part(directory, number, manifest, view, quick, progress, audits))
+        contents: dict[str, memoryview] = {}
+        wanted = None if quick else contents
+        broken = [
+            found for kind in view.kinds for found in _check_file(directory, number, kind, manifest, wanted, progress)
+        ]
+        # A part with a broken file is not judged further.
+        return broken if quick or broken or not values else check_contents(number, contents, manifest, audits)
 
     findings: list[Finding] = []
     with ThreadPoolExecutor(max_workers=max(1, threads or min(os.cpu_count() or 1, len(view.parts)))) as pool:
@@ -182,9 +191,12 @@ def verify(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     findings = [*_check_directory(directory, view), *findings]
-    if not findings and not quick and view.has_topk and len(view.parts) == len(manifest.parts):
-        for index in range(len(manifest.inputs)):
-            findings += _check_audit(manifest, index, audits)
+    if not findings and not quick and values:
+        if view.has_topk and len(view.parts) == len(manifest.parts):
+            for index in range(len(manifest.inputs)):
+                findings += _check_audit(manifest, index, audits)
+        if not findings:
+            remember(digest_bytes(data), view)
     if student is not None:
         findings += _check_gate(manifest, student)
     if signer is not None:
@@ -252,28 +264,6 @@ def _check_directory(directory: Path, view: View) -> Iterator[Finding]:
         yield finding("A002", name, "a file that the manifest does not list")
 
 
-def _check_part(
-    directory: Path,
-    number: int,
-    manifest: Manifest,
-    view: View,
-    quick: bool,
-    progress: _Progress,
-    audits: dict[int, Statistic],
-) -> Iterator[Finding]:
-    """The bytes of every file of a part, then what they hold; a part with a broken file is not judged further."""
-    contents: dict[str, memoryview] = {}
-    broken = False
-    for kind in view.kinds:
-        for found in _check_file(directory, number, kind, manifest, None if quick else contents, progress):
-            broken = True
-            yield found
-    if quick or broken:
-        return
-    with np.errstate(all="ignore"):  # values that make arithmetic overflow become findings
-        yield from _check_contents(number, contents, manifest, audits)
-
-
 def _check_file(
     directory: Path,
     number: int,
@@ -313,63 +303,6 @@ def _check_file(
         yield finding("A023", where, "xxh3 differs", entry.xxh3_128, xxh3.hexdigest())
     elif contents is not None:
         contents[kind] = data
-
-
-def _check_contents(
-    number: int, contents: dict[str, memoryview], manifest: Manifest, audits: dict[int, Statistic]
-) -> Iterator[Finding]:
-    """A030 to A040 containers, then the values and the rollouts table; puts what the rollouts show into `audits`."""
-    encoding, counts = manifest.encoding, manifest.parts[number].counts
-    inputs, lengths = manifest.input_of(number), array_lengths(counts)
-    vocab_size = inputs.teacher.vocab_size
-    groups: dict[str, Arrays] = {}
-    for kind, specs in ((layout.TOKENS, tokens_arrays(encoding)), (layout.TOPK, topk_arrays(encoding))):
-        if kind not in contents:
-            continue
-        where = layout.part_file(number, kind)
-        try:
-            group = Group(contents[kind], specs, where=where, lengths=lengths[kind], check_crc=True)
-            groups[kind] = {name: group.read(name) for name in group.lengths}
-        except ArtifactError as error:
-            yield finding_of(error, where, "A030")
-            return
-    tokens, where = groups[layout.TOKENS], layout.part_file(number, layout.TOKENS)
-    if ("reference_logprobs" in tokens) != manifest.reference_logprobs:
-        yield finding("A035", where, "`reference_logprobs` are not as the manifest states", manifest.reference_logprobs)
-    broken = list(check_tokens(tokens, counts, encoding, vocab_size, where))
-    yield from broken
-    if any(found.code in ("A041", "A042") for found in broken):
-        return
-    if layout.TOPK in groups:
-        topk_where = layout.part_file(number, layout.TOPK)
-        broken = list(check_topk(tokens, groups[layout.TOPK], counts, encoding, vocab_size, topk_where))
-        yield from broken
-        if not broken and (temperature := audited_at(encoding, inputs.rollouts)) is not None:
-            audits[number] = audit_rollouts(tokens, groups[layout.TOPK], encoding, temperature)
-    if layout.ROLLOUTS in contents:
-        yield from _check_table(
-            contents[layout.ROLLOUTS], tokens, manifest.text, layout.part_file(number, layout.ROLLOUTS)
-        )
-
-
-def _check_table(data: bytes | memoryview, tokens: Arrays, text: bool, where: str) -> Iterator[Finding]:
-    """A070 the rollouts table reads, A071 and speaks of the same rollouts, A072 with text or without it."""
-    try:
-        lengths, names = read_lengths(data, where=where)
-    except ArtifactError as error:
-        yield finding_of(error, where, "A070")
-        return
-    prompts = tokens["prompt_lengths"]
-    for got, wanted in zip(lengths.values(), (prompts, np.diff(tokens["rollout_offsets"]) - prompts), strict=True):
-        if len(got) != len(wanted):
-            yield finding("A071", where, "there is not one row per rollout", len(wanted), len(got))
-            return
-        if not np.array_equal(got, wanted):
-            yield finding("A071", where, "the lengths in the rollouts table are not those of the token ids")
-            break
-    if names & set(TEXT) != (set(TEXT) if text else set()):
-        claim = "`prompt` and `response`" if text else "no text"
-        yield finding("A072", where, "the text is not as the manifest states", claim)
 
 
 def _check_audit(manifest: Manifest, index: int, audits: dict[int, Statistic]) -> Iterator[Finding]:

@@ -37,12 +37,16 @@ class Source:
 
 
 def artifact_source(artifact: Artifact) -> Source:
-    """The rollouts of an artifact; the arrays of a record are views of those of its part."""
+    """The rollouts of an artifact; the arrays of a record are views of those of its part.
+
+    Wherever it lies, the values of a part are checked when it is read for the first time: nobody may have done so yet.
+    """
     sizes = [part.counts.rollouts for part in artifact.manifest.parts]
-    firsts = [0, *itertools.accumulate(sizes)]
+    firsts, checked = [0, *itertools.accumulate(sizes)], set[int]()
 
     def read(number: int) -> list[Record]:
-        part = artifact.part(number)
+        part = artifact.part(number, check=number not in checked)
+        checked.add(number)
         rollouts = (part.slice(index, index + 1) for index in range(len(part.prompt_lengths)))
         return [
             Record(

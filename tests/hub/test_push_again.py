@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,12 @@ from tests.hub.server import Cut, HubServer
 from tests.hub.test_faults import assert_no_half_artifact
 
 REPO = "acme/art"
+
+
+@pytest.fixture
+def forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was verified before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty-cache"))
 
 
 def puts(hub: HubServer) -> int:
@@ -92,20 +97,23 @@ def test_somebody_who_commits_meanwhile_stops_the_push(hub: HubServer, sealed: P
     assert hub.files(REPO)["theirs.txt"] == b"theirs"
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["verified now", "verified before"])
 def test_a_part_that_changes_while_it_is_pushed_is_refused(
-    hub: HubServer, artifact: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, artifact: Path, forgotten: None, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     path = artifact / "parts/00001.topk.zarr.zip"
     verify = lopd_store.verify
+    if known:
+        assert verify(artifact).ok
 
-    def change_after(directory: Path, *, on_part: Callable[[int], None] | None = None, **options: Any) -> object:
-        def change(number: int) -> None:
-            assert on_part is not None
-            if number == 1:
-                path.write_bytes(path.read_bytes()[:-1] + b"!")
-            on_part(number)
-
-        return verify(directory, on_part=on_part and change, **options)
+    def change_after(directory: Path, **options: Any) -> object:
+        """Change it once it was looked at for the last time."""
+        report = verify(directory, **options | {"on_part": None})
+        if known or "on_part" in options:
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
+            for number in range(4) if "on_part" in options else ():
+                options["on_part"](number)
+        return report
 
     monkeypatch.setattr(upload, "verify", change_after)
     with pytest.raises(ArtifactError, match="changed while it was pushed"):
@@ -174,7 +182,7 @@ def test_progress_is_told_in_bytes(hub: HubServer, sealed: Path, tmp_path: Path)
 
 
 def test_parts_are_sent_while_others_are_being_verified(
-    hub: HubServer, sealed: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, sealed: Path, forgotten: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload, "_FIRST_BYTES", 1)
     sending = threading.Event()
@@ -187,6 +195,17 @@ def test_parts_are_sent_while_others_are_being_verified(
 
     push(sealed, REPO, on_bytes=hold_the_last_part)
     assert waited == [True]
+
+
+def test_what_was_verified_before_is_sent_at_once_and_what_was_not_is_verified(
+    hub: HubServer, sealed: Path, forgotten: None
+) -> None:
+    heard: list[int] = []
+    push(sealed, "acme/first", on_bytes=lambda done, total: heard.append(done))
+    assert heard
+    heard.clear()
+    push(sealed, "acme/second", on_bytes=lambda done, total: heard.append(done))
+    assert not heard and hub.files("acme/second").keys() == hub.files("acme/first").keys()
 
 
 def test_a_part_is_verified_while_others_are_still_coming(hub: HubServer, sealed: Path, tmp_path: Path) -> None:

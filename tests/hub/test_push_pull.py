@@ -14,6 +14,8 @@ from huggingface_hub import DatasetCard, HfApi
 import lopd_store
 from lopd_store.errors import ArtifactError, UnavailableError
 from lopd_store.signatures import make_key
+from lopd_train.data import artifact_source
+from tests.artifacts import read_first_part, replace_part
 from tests.commands import Ran, command_line, run_command
 from tests.hub.routes import Answer
 from tests.hub.server import Cut, HubServer
@@ -240,6 +242,21 @@ def test_a_changed_byte_is_refused(hub: HubServer, pushed: str, here: Path, hone
     expected, actual = (hashlib.sha256(data).hexdigest() for data in (before, after))
     text = f"digest differs\n  expected  sha256:{expected}\n  actual    sha256:{actual}"
     assert_refused(pull("--fingerprint", pushed), 1, wrong("A022", TOPK, text))
+
+
+def test_values_that_break_a_rule_come_as_they_are_and_are_refused_where_they_are_used(
+    hub: HubServer, artifact: Path, here: Path
+) -> None:
+    part = read_first_part(artifact)
+    replace_part(artifact, sampled_logprobs=part.sampled_logprobs - 1)  # honest digests
+    HfApi().create_repo(REPO, repo_type="dataset")
+    HfApi().upload_folder(repo_id=REPO, repo_type="dataset", folder_path=artifact)
+    assert pull().code == 0
+    ran = run_command("lopd-store", "verify", "pulled")
+    assert ran.code == 1 and "[A064]" in ran.stdout + ran.stderr
+    for place in ("pulled", f"hf://{REPO}"):
+        with pytest.raises(ArtifactError, match="sampled log-prob and the entry"):
+            artifact_source(lopd_store.open(place)).read(0)
 
 
 def test_parts_that_changed_places_are_refused(hub: HubServer, pushed: str, here: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import pytest
 
 import lopd_store
-from lopd_store.errors import DataError
+from lopd_store import reader
+from lopd_store.errors import ArtifactError, DataError
 from lopd_store.rollouts import RolloutsFile, write_rollouts
 from lopd_train import TrainConfig
 from lopd_train.batches import Record
 from lopd_train.data import Cursor, Feed, Limits, Source, artifact_source, rollouts_source
+from tests.artifacts import read_first_part, replace_part
 from tests.train.records import ragged_topk, record, source_of
 
 CONFIG = TrainConfig(shuffle_parts=2, eval_fraction=0)
@@ -134,6 +137,29 @@ def test_tokens_that_the_policy_did_not_sample_are_out_of_the_loss_from_the_roll
         assert [(item.prompt_length, len(item.token_ids), item.positions) for item in records] == [
             (2, 2 + len(mask), sum(mask)) for mask in masks
         ]
+
+
+def test_values_that_nobody_has_verified_are_checked_before_they_are_trained_on(artifact: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    replace_part(copy, sampled_logprobs=read_first_part(copy).sampled_logprobs - 1)  # honest digests
+    source = artifact_source(lopd_store.open(copy))
+    assert source.read(1)
+    with pytest.raises(ArtifactError, match="sampled log-prob and the entry"):
+        source.read(0)
+
+
+def test_values_are_checked_once_in_a_run(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+
+    def check(number: int, *_: object) -> tuple[()]:
+        checked.append(number)
+        return ()
+
+    monkeypatch.setattr(reader, "check_contents", check)
+    source = artifact_source(lopd_store.open(artifact))
+    for number in (1, 0, 1, 0):
+        source.read(number)
+    assert checked == [1, 0]
 
 
 def test_a_copy_of_some_parts_is_trained_on_with_the_rows_of_the_whole(artifact: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import pytest
 import lopd_store
 from lopd_store import layout, scoring, workers
 from lopd_store.building import Share, locked
-from lopd_store.errors import DataError, InputError, UnavailableError
+from lopd_store.errors import ArtifactError, DataError, InputError, UnavailableError
 from lopd_store.handout import Progress
 from lopd_store.plan import Plan
 from lopd_store.scoring import DoneNote, ScoredPart
@@ -119,6 +119,19 @@ def test_jobs_on_machines_that_share_nothing_make_the_artifact_of_one(
     ]
     assert lopd_store.merge(*places, output=tmp_path / "a").fingerprint == fingerprint(sealed)
     assert lopd_store.verify(tmp_path / "a").ok
+
+
+def test_what_was_damaged_since_it_was_written_never_appears(options: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "a"
+    building = lopd_store.build_share("1/1", output=output, **options).building
+    path = building / layout.part_file(1, layout.TOPK)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ArtifactError, match=r"00001\.topk\.zarr\.zip`: digest differs") as refused:
+        lopd_store.build(output=output, **options)
+    assert not output.exists()
+    assert refused.value.hint == f"remove `{building}/done/NNNNN.json` of the part, to score it again"
+    (building / "done" / "00001.json").unlink()
+    assert lopd_store.verify(lopd_store.build(output=output, **options).path).ok
 
 
 def test_a_merge_names_the_command_that_makes_what_is_missing(

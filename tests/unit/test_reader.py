@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import lopd_store
 from lopd_store import layout
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.part import Part
+from lopd_store.subset import write_view
+from tests.artifacts import read_first_part, replace_arrays, replace_part
 from tests.unit.conftest import LENGTHS
 
 
@@ -181,6 +184,28 @@ def test_a_file_of_another_size_is_noticed_when_its_part_is_read(artifact: Path,
     path.write_bytes(data[:-1] if size < 0 else data + b"x")
     with pytest.raises(ArtifactError, match="was damaged"):
         lopd_store.open(artifact).part(1)
+
+
+def test_values_that_break_a_rule_are_noticed_by_whoever_asks_for_it(artifact: Path) -> None:
+    part = read_first_part(artifact)
+    replace_part(artifact, sampled_logprobs=part.sampled_logprobs - 1)
+    opened = lopd_store.open(artifact)
+    (found,) = lopd_store.verify(artifact).findings
+    with pytest.raises(ArtifactError) as refused:
+        opened.part(0, check=True)
+    assert (refused.value.code, str(refused.value)) == (found.code, str(found.to_error()))
+    assert opened.part(1, check=True).topk is not None
+    assert len(opened.part(0).sampled_logprobs) == len(part.sampled_logprobs)
+
+
+def test_a_copy_without_topk_has_its_values_checked_too(artifact: Path, tmp_path: Path) -> None:
+    replace_arrays(artifact, layout.TOKENS, prompt_lengths=np.zeros(2, np.int32))
+    (artifact / layout.part_file(0, layout.TOPK)).unlink()
+    opened = lopd_store.open(artifact)
+    view = replace(opened.view, kinds=(layout.TOKENS,))
+    write_view(artifact, view, opened.fingerprint)
+    with pytest.raises(ArtifactError, match="the prompt does not fit"):
+        lopd_store.open(artifact).part(0, check=True)
 
 
 def test_a_link_is_not_followed(artifact: Path, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 import lopd_store
-from lopd_store import layout
+from lopd_store import layout, remembered
 from lopd_store.container import CHUNK, Arrays, Group
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.identity import identify
 from lopd_store.part import Part, tokens_arrays, tokens_file, topk_arrays
+from lopd_store.remembered import is_remembered
 from lopd_store.topk import TopK
 from lopd_store.verifier import verify
 from tests.artifacts import (
@@ -40,6 +41,7 @@ FIRST = [layout.part_file(0, kind) for kind in layout.FILE_KINDS]
 TOKENS, TOPK = layout.part_file(0, layout.TOKENS), layout.part_file(0, layout.TOPK)
 ROLLOUTS = layout.part_file(0, layout.ROLLOUTS)
 HUGE = 2**63 - 1
+ZEROS = np.zeros(2, np.int32)
 
 
 def codes(directory: Path, **options: Any) -> list[str]:
@@ -154,6 +156,62 @@ def test_progress_ends_with_every_byte_of_the_parts(sealed: Path) -> None:
     verify(sealed, on_bytes=lambda *numbers: heard.append(numbers))
     total = sum(path.stat().st_size for path in (sealed / "parts").iterdir())
     assert heard[-1] == (total, total) and heard == sorted(heard)
+
+
+def test_bytes_alone_are_compared_where_values_are_left_to_their_reader(artifact: Path) -> None:
+    replace_arrays(artifact, layout.TOKENS, prompt_lengths=ZEROS)
+    assert codes(artifact) == ["A042"]
+    assert codes(artifact, values=False) == []
+    (artifact / TOPK).write_bytes((artifact / TOPK).read_bytes()[:-1] + b"!")
+    assert codes(artifact, values=False) == ["A022"]
+
+
+# What is remembered
+
+
+@pytest.fixture
+def forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was verified before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_that_all_values_were_right_is_remembered_of_the_artifact_wherever_it_lies(
+    artifact: Path, tmp_path: Path
+) -> None:
+    opened = lopd_store.open(artifact)
+    for options in ({"quick": True}, {"values": False}):
+        assert verify(artifact, **options).ok  # type: ignore[arg-type]
+        assert not is_remembered(opened.fingerprint, opened.view)
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(artifact, copy)
+    assert verify(copy).ok
+    assert is_remembered(opened.fingerprint, opened.view)
+    half = lopd_store.subset(artifact, output=tmp_path / "half", parts=range(2))
+    assert is_remembered(opened.fingerprint, half.view)
+    assert not is_remembered(opened.fingerprint, replace(half.view, parts=range(1, 2)))
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_what_was_wrong_or_verified_by_another_lopd_is_not_remembered(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = lopd_store.open(artifact)
+    (artifact / layout.PARTS / "stray").write_bytes(b"")
+    assert not verify(artifact).ok and not is_remembered(opened.fingerprint, opened.view)
+    (artifact / layout.PARTS / "stray").unlink()
+    with monkeypatch.context() as another:
+        another.setattr(remembered, "version", lambda _: "0.0")
+        assert verify(artifact).ok and is_remembered(opened.fingerprint, opened.view)
+    assert not is_remembered(opened.fingerprint, opened.view)
+
+
+def test_a_cache_that_cannot_be_written_to_does_not_matter(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert verify(artifact).ok
 
 
 # Beside a transfer
