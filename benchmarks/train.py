@@ -1,6 +1,6 @@
 """The trainer in numbers: an opd step beside an sft step, the head beside full logits, and a bare loop beside both.
 
-    python benchmarks/train.py          # all of it, in about six minutes; `make bench-train`
+    python benchmarks/train.py          # all of it, in about eight minutes; `make bench-train`
     python benchmarks/train.py --small  # a model of no size, in a minute; keeps no results
 
 It prints a table and writes it into RESULTS.md. Everything runs on the CPU, in processes of its own, so that peaks of
@@ -51,7 +51,7 @@ class Scale:
 
 FULL = Scale(
     head=(8192, 151_936, 576, 16),
-    rounds=2,
+    rounds=3,
     config=TrainConfig(steps=4, batch_rollouts=4, micro_batch_tokens=1024, eval_fraction=0, device="cpu"),
 )
 SMALL = Scale(
