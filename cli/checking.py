@@ -25,6 +25,7 @@ from .options import (
     OnlyOption,
     PartsOption,
     SignedByOption,
+    identify_student,
     parse_parts,
 )
 
@@ -47,10 +48,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check every byte, every structure and every value of an artifact."""
-    identity = None
-    if student is not None:
-        with console.progress("identity", "bytes") as meter:
-            identity = lopd_store.identify(student, on_bytes=meter.update)
+    identity = identify_student(student)
     with (
         console.progress("verify", "bytes") as meter,
         console.progress("score again", "rollouts", at_once=False) as again,

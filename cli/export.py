@@ -11,7 +11,7 @@ import lopd_store
 from lopd_store.interop.target import Format
 
 from . import console
-from .options import AllowInconsistentOption, AllowUnknownOption, Json, OnBadRollout, overrides
+from .options import AllowInconsistentOption, AllowUnknownOption, Json, OnBadRollout, identify_student, overrides
 
 app = typer.Typer(
     help="Write an artifact in the format of another trainer, behind the same gate as training.",
@@ -98,10 +98,7 @@ def axolotl(
 def _export(
     format: Format, artifact: Path, output: Path, student: str | None, allowed: list[str], json: bool, **options: Any
 ) -> None:
-    identity = None
-    if student is not None:
-        with console.progress("identity", "bytes") as meter:
-            identity = lopd_store.identify(student, on_bytes=meter.update)
+    identity = identify_student(student)
     with (
         console.progress("verify", "bytes", at_once=False) as verified,
         console.progress("export", "positions", at_once=False) as written,

@@ -9,8 +9,12 @@ from typing import Annotated
 
 import typer
 
+import lopd_store
 from lopd_store import gate
 from lopd_store.errors import InputError
+from lopd_store.identity import ModelIdentity
+
+from . import console
 
 
 class Dtype(StrEnum):
@@ -74,6 +78,14 @@ def overrides(allow_unknown: bool, allow_inconsistent: bool) -> list[str]:
     """The names of the overrides that were given."""
     allowed = {gate.ALLOW_UNKNOWN: allow_unknown, gate.ALLOW_INCONSISTENT: allow_inconsistent}
     return [name for name, allow in allowed.items() if allow]
+
+
+def identify_student(student: str | None) -> ModelIdentity | None:
+    """The identity of the model that `--student` names, where it names one."""
+    if student is None:
+        return None
+    with console.progress("identity", "bytes") as meter:
+        return lopd_store.identify(student, on_bytes=meter.update)
 
 
 def parse_domains(texts: Sequence[str], option: str) -> str | dict[str, str]:

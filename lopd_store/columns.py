@@ -26,7 +26,8 @@ def to_dataset(artifact: Artifact | str | Path) -> IterableDataset:
 
     `prompt_ids` [prompt], `response_ids`, `loss_mask`, `sampled_logprobs`, `tail_logprobs` and, where it has them,
     `reference_logprobs` [response]; `topk_ids` and `topk_logprobs` [response, k], where k varies. A copy without top-k
-    lacks the last two and the tail. Log-probs are natural logs.
+    lacks the last two and the tail. Log-probs are natural logs. Values are checked part by part as they are read, and
+    one that breaks a rule of the format is an ArtifactError.
     """
     try:
         from datasets import Features, IterableDataset, LargeList, List, Value
@@ -51,7 +52,7 @@ def _rows(place: str, parts: list[int]) -> Iterator[dict[str, Any]]:
     """The rows of some parts; what a worker is given is a name and numbers, which travel anywhere."""
     artifact = open(place)
     for number in parts:
-        part = artifact.part(number)
+        part = artifact.part(number, check=True)
         for index in range(len(part.prompt_lengths)):
             yield _row(rollout_of_part(part, index))
 

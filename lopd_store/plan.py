@@ -158,7 +158,7 @@ def make_plan(
     if len(file) == 0:
         raise DataError(f"`{rollouts}` has no rollouts", hint="sample some with `lopd-store generate`")
     identity = identify(teacher)
-    _check_tokenizer(file, identity)
+    file.require_tokenizer_of(identity, "the teacher")
     if reference is not None:
         _check_reference(file, reference)
     provenance = _sft_provenance(file, sft_data if sft is None else sft, domain)
@@ -332,19 +332,6 @@ def _sft_data_digest(path: Path, sft: SftProvenance) -> str:
             hint="name the file that the reference policy was trained on, or leave `--sft-data` out",
         )
     return digest
-
-
-def _check_tokenizer(file: RolloutsFile, teacher: ModelIdentity) -> None:
-    if file.record is None:
-        return
-    policy = file.record.policy
-    if policy.tokenizer != teacher.tokenizer:
-        raise DataError(
-            f"the rollouts in `{file.path}` were tokenised by another tokenizer than the teacher's",
-            expected=f"{teacher.tokenizer}  ({teacher.name})",
-            actual=f"{policy.tokenizer}  ({policy.name})",
-            hint="score with a teacher that shares the student's tokenizer",
-        )
 
 
 def _check_reference(file: RolloutsFile, reference: str) -> None:

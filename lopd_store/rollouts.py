@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from lopd_store import strictjson
 from lopd_store.digest import digest_file
 from lopd_store.errors import DataError, InputError
+from lopd_store.identity import TOKENIZER_FIELDS, ModelIdentity
 from lopd_store.provenance import RolloutsRecord
 
 METADATA_KEY = b"lopd"
@@ -134,6 +135,18 @@ class RolloutsFile:
     def has_logprobs(self) -> bool:
         """Whether every row carries the sampling policy's log-probs."""
         return "logprobs" in self.columns and bool((self._lengths("logprobs") == self.response_lengths).all())
+
+    def require_tokenizer_of(self, model: ModelIdentity, role: str) -> None:
+        """Raise DataError where the ids do not mean to a model what they mean to whoever sampled them, if recorded."""
+        policy = model if self.record is None else self.record.policy
+        if differing := [name for name in TOKENIZER_FIELDS if getattr(policy, name) != getattr(model, name)]:
+            expected, actual = (f"{getattr(one, differing[0])}  ({one.name})" for one in (model, policy))
+            raise DataError(
+                f"`{self.path}` has ids of another tokenizer than that of {role}",
+                expected=expected,
+                actual=actual,
+                hint="teacher and student must share one tokenizer",
+            )
 
     def digest(self) -> str:
         """The digest of the file."""

@@ -22,14 +22,20 @@ MODEL_CARD = "README.md"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
-def render_model_card(record: CheckpointRecord, config: TrainConfig, artifact: Manifest | None) -> str:
-    """The card of the model that the record speaks of; `artifact` is what an opd run was trained on."""
+def render_model_card(
+    record: CheckpointRecord, config: TrainConfig, artifact: Manifest | None, mixed: str | None = None
+) -> str:
+    """The card of the model that the record speaks of.
+
+    `artifact` is what an opd run was trained on, `mixed` the digest of the SFT data that it had besides.
+    """
     verdict = None if artifact is None else gate.judge(artifact.inputs, record.base)
     settings = {name: value for name, value in config.to_json().items() if value is not None and name != "objective"}
     return _template().render(
         record=record,
         base_model=_base_model(record, artifact),
         inputs=() if artifact is None else artifact.inputs,
+        mixed=mixed,
         verdict=verdict,
         links=lineage.of_checkpoint(record, record.model, artifact=artifact),
         objective=config.objective if record.method == "opd" else "cross-entropy",

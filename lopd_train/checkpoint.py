@@ -214,7 +214,8 @@ def finish(run: Run, student: Student, directory: Path, output: Path) -> None:
             overrides=run.overrides,
         )
         write_durably(directory / PROVENANCE_FILE, strictjson.pretty(record.to_json()))
-        write_durably(directory / MODEL_CARD, render_model_card(record, run.config, run.artifact).encode())
+        card = render_model_card(record, run.config, run.artifact, run.sft_data_digest)
+        write_durably(directory / MODEL_CARD, card.encode())
         for path in directory.iterdir():
             if path.is_file():
                 with path.open("rb") as file:

@@ -29,7 +29,7 @@ from lopd_train.config import OPD, TrainConfig
 from lopd_train.data import Feed, Limits, artifact_source, rollouts_source
 from lopd_train.head import Predictions, Sums
 from lopd_train.runlog import OnProgress
-from lopd_train.sft import check_tokenizer, cross_entropy
+from lopd_train.sft import cross_entropy
 from lopd_train.student import Student, limits
 from lopd_train.trainer import RunResult, Term, fit
 
@@ -65,7 +65,7 @@ def train_opd(
     terms = [Term(measure=partial(measure, config), feed=feed, rollouts=config.batch_rollouts)]
     mixed = None if sft_data is None else RolloutsFile(sft_data)
     if mixed is not None:
-        check_tokenizer(mixed.record, base)
+        mixed.require_tokenizer_of(base, "the student")
         sft = sft_of_data(mixed.record, mixed.digest())
         verdicts = [gate.judge([replace(one, sft=sft)], base) for one in inputs]
         of_data = min(verdicts, key=lambda verdict: len(verdict.findings))  # one of the teachers must have written it

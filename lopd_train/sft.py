@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lopd_store.errors import DataError
-from lopd_store.identity import TOKENIZER_FIELDS, ModelIdentity, identify
-from lopd_store.provenance import RolloutsRecord, by_domain, sft_of_data
+from lopd_store.identity import identify
+from lopd_store.provenance import by_domain, sft_of_data
 from lopd_store.rollouts import RolloutsFile
 from lopd_train import losses, measures
 from lopd_train.batches import Batch
@@ -40,7 +39,7 @@ def train_sft(
     files = {domain: RolloutsFile(path) for domain, path in by_domain(data, "data").items()}
     base = identify(model)
     for file in files.values():
-        check_tokenizer(file.record, base)
+        file.require_tokenizer_of(base, "the model")
     feed = Feed(rollouts_source(*files.values()), limits(model, base), config=config)
     sft = tuple(sft_of_data(file.record, file.digest(), domain) for domain, file in files.items())
     paths = [str(file.path) for file in files.values()]
@@ -64,18 +63,3 @@ def cross_entropy(student: Student, batch: Batch) -> Sums:
 
 def _measure(predicted: Predictions, piece: Batch) -> Sums:
     return {"loss": losses.cross_entropy(predicted.sampled).sum(), **measures.measure(predicted, piece)}
-
-
-def check_tokenizer(record: RolloutsRecord | None, base: ModelIdentity) -> None:
-    """The ids of the data must mean to the model what they meant to the teacher."""
-    if record is None:
-        return
-    for name in TOKENIZER_FIELDS:
-        expected, actual = getattr(base, name), getattr(record.policy, name)
-        if expected != actual:
-            raise DataError(
-                "the SFT data was written with another tokenizer than the model's",
-                expected=f"{base.name}: `{name}` {expected}",
-                actual=f"{record.policy.name}: `{name}` {actual}",
-                hint="use a model with the teacher's tokenizer",
-            )

@@ -166,10 +166,10 @@ def test_a_rollout_longer_than_the_context_of_the_teacher_is_refused(teacher_dir
 def test_a_teacher_with_another_tokenizer_is_refused(student_dir: Path, rollouts_file: Path, here: Path) -> None:
     teacher = save_tiny_model(here / "wide", seed=1, vocab_size=310)
     text = (
-        f"error: the rollouts in `{rollouts_file}` were tokenised by another tokenizer than the teacher's\n"
+        f"error: `{rollouts_file}` has ids of another tokenizer than that of the teacher\n"
         f"  expected  {lopd_store.identify(teacher).tokenizer}  (wide)\n"
         f"  actual    {lopd_store.identify(student_dir).tokenizer}  (student)\n\n"
-        "hint: score with a teacher that shares the student's tokenizer\n"
+        "hint: teacher and student must share one tokenizer\n"
     )
     assert_refused(build(teacher, rollouts_file), 1, text)
 

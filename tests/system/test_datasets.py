@@ -12,6 +12,8 @@ import pyarrow as pa
 import pytest
 
 import lopd_store
+from lopd_store.errors import ArtifactError
+from tests.artifacts import read_first_part, replace_part
 from tests.hub.server import HubServer
 
 pytestmark = pytest.mark.system
@@ -51,6 +53,12 @@ def test_a_copy_without_top_k_has_no_columns_for_it(sealed: Path, tmp_path: Path
     rows = lopd_store.to_dataset(copy.path)
     assert "topk_ids" not in (rows.features or {})
     assert len(list(rows)) == len(copy.rollouts)
+
+
+def test_values_that_break_a_rule_are_refused(artifact: Path) -> None:
+    replace_part(artifact, sampled_logprobs=read_first_part(artifact).sampled_logprobs - 1)  # honest digests
+    with pytest.raises(ArtifactError, match="sampled log-prob and the entry"):
+        next(iter(lopd_store.to_dataset(artifact)))
 
 
 def test_workers_of_torch_share_the_parts(sealed: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lopd_store
+from lopd_store.digest import digest_file
 from tests.commands import Ran, run_command
 
 SETTINGS = ("--steps", 2, "--batch-rollouts", 4, "--eval-fraction", 0.2, "--device", "cpu")
@@ -148,3 +149,13 @@ def test_a_student_of_two_teachers_learns_each_domain_of_its_own(
     allowed = ("--artifact", "half", "--student", "sft", "--output", "no", "--allow-inconsistent-teacher")
     assert run_command("lopd-train", "opd", *allowed, *SETTINGS).code == 0
     assert f"- teacher, **inconsistent**: domain code: {OTHER_TEACHER}" in Path("no/README.md").read_text()
+
+    # SFT data that is mixed in must be one of the teachers', and may be any of theirs.
+    mixing = ("--artifact", "both", "--student", "sft", "--output", "mixed", "--sft-weight", "0.1", *SETTINGS)
+    ran = run_command("lopd-train", "opd", *mixing, "--sft-data", "code-rollouts.parquet")
+    assert ran.code == 1 and "the SFT data was written by another teacher" in ran.stderr
+    ran = run_command("lopd-train", "opd", *mixing, "--sft-data", "code-sft.parquet")
+    assert ran.code == 0, ran.stderr
+    mixed = json.loads(Path("mixed/run.json").read_text())["inputs"]["sft_data"]["digest"]
+    assert mixed == digest_file(Path("code-sft.parquet")).sha256
+    assert f"| SFT data mixed in | `{mixed}` |" in Path("mixed/README.md").read_text()

@@ -82,7 +82,7 @@ def test_a_run_with_other_data_of_one_domain_is_another_run(
 
 def test_data_of_another_tokenizer_is_refused_in_any_domain(data: Data, config: TrainConfig, tmp_path: Path) -> None:
     other = save_tiny_model(tmp_path / "other", seed=1, vocab_size=290)
-    with pytest.raises(DataError, match="written with another tokenizer than the model's"):
+    with pytest.raises(DataError, match="has ids of another tokenizer than that of the model"):
         lopd_train.train_sft(model=other, data=data, output=tmp_path / "sft", config=config)
 
 

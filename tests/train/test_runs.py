@@ -208,7 +208,7 @@ def test_another_tokenizer_is_refused_whatever_is_overridden(
             config=config,
             overrides=["allow-inconsistent-teacher", "allow-unknown-sft-teacher"],
         )
-    with pytest.raises(DataError, match="the SFT data was written with another tokenizer"):
+    with pytest.raises(DataError, match="has ids of another tokenizer than that of the model"):
         lopd_train.train_sft(model=other, data=sft_data, output=tmp_path / "sft", config=config)
 
 

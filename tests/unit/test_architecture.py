@@ -89,6 +89,11 @@ def test_only_what_runs_models_or_the_hub_imports_heavy_libraries_at_its_top(hea
     assert importing == set()
 
 
+def test_the_trainer_stays_small() -> None:
+    lines = [line.strip() for path in PACKAGES["lopd_train"].glob("*.py") for line in path.read_text().splitlines()]
+    assert sum(bool(line) and not line.startswith("#") for line in lines) < 1800
+
+
 def test_importing_the_store_loads_no_heavy_library() -> None:
     heavy = [
         "torch",

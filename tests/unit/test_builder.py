@@ -439,7 +439,7 @@ def test_rollouts_of_another_tokenizer_are_refused(student: ModelIdentity, tmp_p
     other = save_tiny_model(tmp_path / "other-tokenizer", vocab_size=300 if same_size else 290)
     if same_size:
         swap_ids(other, "a", "b")
-    with pytest.raises(DataError, match=r"tokenised by another tokenizer(?s:.)*\(other-tokenizer\)(?s:.)*\(student\)"):
+    with pytest.raises(DataError, match=r"ids of another tokenizer(?s:.)*\(other-tokenizer\)(?s:.)*\(student\)"):
         build_with(policy(student), other, tmp_path)
 
 
