@@ -19,6 +19,7 @@ from lopd_store.handout import Progress
 from lopd_store.identity import identify
 from lopd_store.manifest import Inputs
 from lopd_store.reader import Artifact
+from lopd_store.remembered import is_remembered
 from lopd_store.rollouts import RolloutsFile, write_rollouts
 from lopd_store.statistic import Statistic
 from tests.artifacts import edit_manifest, random_pairs, save_rollouts
@@ -85,6 +86,8 @@ def test_the_verifier_derives_the_audit_of_the_rollouts_itself(audited: Artifact
     (found,) = lopd_store.verify(forged).findings
     assert (found.code, found.where) == ("A069", "manifest.json")
     assert "score" in str(found.expected) and lopd_store.verify(forged, quick=True).ok
+    opened = lopd_store.open(forged)
+    assert not is_remembered(opened.fingerprint, opened.view)
 
 
 def test_what_the_policy_did_not_sample_is_in_no_audit_of_its_rollouts(

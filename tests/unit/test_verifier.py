@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pwd
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -206,12 +208,23 @@ def test_what_was_wrong_or_verified_by_another_lopd_is_not_remembered(
     assert not is_remembered(opened.fingerprint, opened.view)
 
 
-def test_a_cache_that_cannot_be_written_to_does_not_matter(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lacking", ["a cache to write to", "a cache to read", "a home", "an installed lopd"])
+def test_where_nothing_can_be_remembered_all_is_verified_as_ever(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
-    (tmp_path / "cache").write_bytes(b"")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert verify(artifact).ok
+    def fail(_: object) -> NoReturn:
+        raise KeyError if lacking == "a home" else PackageNotFoundError
+
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("file" if "write" in lacking else 9999 * "long")))
+    if lacking == "a home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", fail)
+    if lacking == "an installed lopd":
+        monkeypatch.setattr(remembered, "version", fail)
+    opened = lopd_store.open(artifact)
+    assert verify(artifact).ok and not is_remembered(opened.fingerprint, opened.view)
 
 
 # Beside a transfer
