@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd_store.errors import InputError
+from lopd_store.hub import require_fingerprint
 from lopd_store.reader import Artifact, StoredRollout, open, rollout_of_part
 
 if TYPE_CHECKING:
@@ -42,15 +43,15 @@ def to_dataset(artifact: Artifact | str | Path) -> IterableDataset:
         # A batch of long rollouts has more entries than offsets of 32 bits can count.
         topk = {"topk_ids": List(LargeList(Value("uint32"))), "topk_logprobs": List(LargeList(Value("float32")))}
         columns |= {**topk, "tail_logprobs": logprobs}
-    found: IterableDataset = IterableDataset.from_generator(
-        _rows, features=Features(columns), gen_kwargs={"place": opened.place, "parts": list(opened.view.parts)}
-    )
+    given = {"place": opened.place, "fingerprint": opened.fingerprint, "parts": list(opened.view.parts)}
+    found: IterableDataset = IterableDataset.from_generator(_rows, features=Features(columns), gen_kwargs=given)
     return found
 
 
-def _rows(place: str, parts: list[int]) -> Iterator[dict[str, Any]]:
-    """The rows of some parts; what a worker is given is a name and numbers, which travel anywhere."""
+def _rows(place: str, fingerprint: str, parts: list[int]) -> Iterator[dict[str, Any]]:
+    """The rows of some parts; what a worker is given is names and numbers, which travel anywhere."""
     artifact = open(place)
+    require_fingerprint(artifact.fingerprint, place, wanted=fingerprint, revision=None)  # a branch may have moved
     for number in parts:
         part = artifact.part(number, check=True)
         for index in range(len(part.prompt_lengths)):

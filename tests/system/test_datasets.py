@@ -61,6 +61,16 @@ def test_values_that_break_a_rule_are_refused(artifact: Path) -> None:
         next(iter(lopd_store.to_dataset(artifact)))
 
 
+def test_rows_are_of_the_artifact_that_was_opened_though_its_branch_has_moved(
+    hub: HubServer, sealed: Path, unknown: Path
+) -> None:
+    lopd_store.push(sealed, "acme/art")
+    opened = lopd_store.open("hf://acme/art")
+    lopd_store.push(unknown, "acme/art")
+    with pytest.raises(ArtifactError, match="`hf://acme/art` holds another artifact"):
+        next(iter(lopd_store.to_dataset(opened)))
+
+
 def test_workers_of_torch_share_the_parts(sealed: Path) -> None:
     from torch.utils.data import DataLoader
 
