@@ -354,7 +354,8 @@ def _seal(plan: Plan, building: Path, output: Path, workers: int | None) -> read
     """Seal a build, and let it appear once every byte and value of it is verified."""
     in_progress.write_seal(plan, building, workers=workers)
     for found in verify(building).findings:
-        raise replace(found, hint=f"remove `{building / DONE}/NNNNN.json` of the part, to score it again").to_error()
+        again = f"remove `{building / DONE}/NNNNN.json` of the part, to score it again"
+        raise replace(found, hint=f"remove `{building / found.where}`" if found.code == "A002" else again).to_error()
     in_progress.rename_into_place(building, output)
     return reader.open(output)
 

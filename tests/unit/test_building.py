@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -13,8 +14,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import pytest
 import lopd_store
 from lopd_store import layout, scoring, workers
 from lopd_store.building import Share, locked
+from lopd_store.digest import digest_contents
+from lopd_store.durable import UNFINISHED
 from lopd_store.errors import ArtifactError, DataError, InputError, UnavailableError
 from lopd_store.handout import Progress
 from lopd_store.plan import Plan
@@ -132,6 +136,37 @@ def test_what_was_damaged_since_it_was_written_never_appears(options: dict[str, 
     assert refused.value.hint == f"remove `{building}/done/NNNNN.json` of the part, to score it again"
     (building / "done" / "00001.json").unlink()
     assert lopd_store.verify(lopd_store.build(output=output, **options).path).ok
+
+
+@pytest.mark.parametrize(
+    "seal", [lopd_store.build, lambda output, **_: lopd_store.merge(output=output)], ids=["build", "merge"]
+)
+def test_what_breaks_a_rule_under_honest_digests_never_appears(
+    seal: Callable[..., lopd_store.Artifact], options: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "a"
+    building = lopd_store.build_share("1/1", output=output, **options).building
+    data = (building / layout.part_file(1, layout.ROLLOUTS)).read_bytes()  # of other rollouts
+    (building / layout.part_file(0, layout.ROLLOUTS)).write_bytes(data)
+    path = building / "done" / "00000.json"
+    note = DoneNote.from_json(json.loads(path.read_text()), where="note")
+    files = note.files | {layout.ROLLOUTS: digest_contents(data)}
+    path.write_text(json.dumps(replace(note, files=files).to_json()))
+    with pytest.raises(ArtifactError, match=r"00000\.rollouts\.parquet`: there is not one row per rollout"):
+        seal(output=output, **options)
+    assert not output.exists()
+
+
+def test_a_stray_file_is_named_and_a_half_written_one_removed(options: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "a"
+    parts = lopd_store.build_share("1/1", output=output, **options).building / layout.PARTS
+    for name in ("stray", f"00000.topk.zarr.zip.0{UNFINISHED}"):
+        (parts / name).write_bytes(b"")
+    with pytest.raises(ArtifactError, match="a file that the manifest does not list") as refused:
+        lopd_store.merge(output=output)
+    assert refused.value.hint == f"remove `{parts / 'stray'}`"
+    (parts / "stray").unlink()
+    assert lopd_store.verify(lopd_store.merge(output=output).path).ok
 
 
 def test_a_merge_names_the_command_that_makes_what_is_missing(
