@@ -125,19 +125,18 @@ def main() -> None:
 def compare(task: Task, scratch: Path) -> str:
     """Both ways beside the student that they start from."""
     config, teacher = task.config, student.load(task.teacher, task.config)
-    lines = [["at the start", *["-"] * 4, f"{judge(student.load(task.student, config), teacher, task):.4f}"]]
+    lines = [["at the start", *["-"] * 4, judge(student.load(task.student, config), teacher, task)]]
     for name, train in (("offline", train_offline), ("live", train_live)):
         clock = Clock()
         trained = train(task, teacher, clock, scratch)
         spent = [clock.seconds[what] for what in ("sampling", "scoring", "updating")]
-        lines.append(
-            [name, *(f"{seconds:.1f}" for seconds in [*spent, sum(spent)]), f"{judge(trained, teacher, task):.4f}"]
-        )
+        lines.append([name, *(f"{seconds:.1f}" for seconds in [*spent, sum(spent)]), judge(trained, teacher, task)])
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {machine()}. {task.who}: "
         f"{config.steps} steps of {config.batch_rollouts} rollouts of up to {task.tokens} tokens, objective "
         f"`{config.objective}`, learning rate {config.learning_rate:g}. KL(student || teacher) is over the whole "
-        f"vocabulary, on {JUDGED} new rollouts of each student, on prompts held out.\n\n"
+        f"vocabulary, on {JUDGED} new rollouts of each student, on prompts held out, with its 95 % interval over those "
+        "rollouts; each way was run once, so what another seed would have changed is not in it.\n\n"
     ) + table(["", "sampling, s", "scoring, s", "updating, s", "all, s", "reverse KL, nats/token"], lines)
 
 
@@ -193,11 +192,11 @@ def train_offline(task: Task, teacher: Student, clock: Clock, scratch: Path) -> 
     return student.load(output, config)
 
 
-def judge(judged: Student, teacher: Student, task: Task) -> float:
-    """KL(student || teacher) in nats per token, along new rollouts of the student."""
+def judge(judged: Student, teacher: Student, task: Task) -> str:
+    """KL(student || teacher) in nats per token, along new rollouts of the student, with its interval."""
     prompts = prompt_ids(task.held_out, judged)
     chosen = [prompts[number % len(prompts)] for number in range(JUDGED)]
-    total, positions = 0.0, 0
+    sums, lengths = [], []
     for record in sample(judged, chosen, range(JUDGED), task, seed=JUDGE_SEED):
         batch = collate([record], judged.device)
         with torch.inference_mode():
@@ -205,9 +204,11 @@ def judge(judged: Student, teacher: Student, task: Task) -> float:
                 torch.log_softmax(model.split.logits(model.states(batch)).double(), dim=-1)
                 for model in (judged, teacher)
             )
-            total += float((q.exp() * (q - p)).sum())
-        positions += record.positions
-    return total / positions
+            sums.append(float((q.exp() * (q - p)).sum()))
+        lengths.append(record.positions)
+    mean = sum(sums) / sum(lengths)
+    error = np.linalg.norm(np.array(sums) - mean * np.array(lengths)) / sum(lengths)
+    return f"{mean:.3f} ± {1.96 * error:.3f}"
 
 
 def sample(model: Student, prompts: Sequence[Ids], streams: range, task: Task, *, seed: int) -> list[Record]:
