@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 import lopd_train
-from lopd_store.errors import ConsistencyError, InputError
-from lopd_store.rollouts import RolloutsFile
+from lopd_store.digest import digest_contents
+from lopd_store.errors import ConsistencyError, DataError, InputError
+from lopd_store.gate import OVERRIDES
+from lopd_store.rollouts import RolloutsFile, write_rollouts
 from lopd_train import TrainConfig, opd, student
 from lopd_train.batches import Record
+from lopd_train.card import MODEL_CARD
 from lopd_train.data import rollouts_source
 from lopd_train.sft import cross_entropy
 from lopd_train.trainer import Term, Trainer
@@ -109,7 +112,9 @@ def test_a_mixed_run_lowers_the_loss_on_sft_data_says_so_and_is_resumed_exactly(
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["sft_loss"] < lines[0]["sft_loss"]
     run = json.loads((whole / "run.json").read_text())
-    assert run["inputs"]["sft_data"] == {"path": str(sft_data), "digest": RolloutsFile(sft_data).digest()}
+    digest = RolloutsFile(sft_data).digest()
+    assert run["inputs"]["sft_data"] == {"path": str(sft_data), "digest": digest}
+    assert f"| SFT data mixed in | `{digest}` |" in (whole / MODEL_CARD).read_text()
 
 
 def test_sft_data_of_another_teacher_is_refused(
@@ -123,3 +128,15 @@ def test_sft_data_of_another_teacher_is_refused(
     with pytest.raises(InputError, match="`sft_data` and `sft_weight` go together"):
         lopd_train.train(**arguments, config=replace(MIXED, sft_weight=0.0), sft_data=sft_data)
     assert not list(tmp_path.iterdir())
+
+
+def test_sft_data_of_another_tokenizer_is_refused_whatever_is_overridden(
+    artifact: Path, reference: Path, sft_data: Path, tmp_path: Path
+) -> None:
+    record = RolloutsFile(sft_data).record
+    assert record is not None
+    policy, other = replace(record.policy, tokenizer=digest_contents(b"other").sha256), tmp_path / "other.parquet"
+    write_rollouts(other, [{"prompt_ids": [9], "response_ids": [8]}], replace(record, policy=policy))
+    arguments: dict[str, Any] = {"artifact": artifact, "student": reference, "output": tmp_path / "opd"}
+    with pytest.raises(DataError, match="has ids of another tokenizer than that of the student"):
+        lopd_train.train(**arguments, config=MIXED, sft_data=other, overrides=OVERRIDES)

@@ -13,7 +13,7 @@ import pytest
 from lopd_store.digest import digest_contents
 from lopd_store.errors import ArtifactError, DataError, InputError
 from lopd_store.rollouts import METADATA_KEY, ROWS_PER_GROUP, Rollout, RolloutsFile, write_rollouts
-from tests.artifacts import random_pairs, save_rollouts
+from tests.artifacts import identity_named, random_pairs, save_rollouts
 from tests.records import ROLLOUTS
 
 GOOD: dict[str, Any] = {"prompt_ids": [[1, 2], [3]], "response_ids": [[4], [5, 6]]}
@@ -185,6 +185,16 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "r.parquet")
     with pytest.raises(ArtifactError, match=r"`r\.parquet` lacks `policy`, "):
         RolloutsFile(tmp_path / "r.parquet")
+
+
+@pytest.mark.parametrize(("field", "value"), [("tokenizer", digest_contents(b"other").sha256), ("vocab_size", 310)])
+def test_ids_that_mean_something_else_to_a_model_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    file = RolloutsFile(save_rollouts(tmp_path / "r.parquet", random_pairs([(2, 3)]), record=ROLLOUTS))
+    file.require_tokenizer_of(identity_named("teacher"), "the teacher")
+    with pytest.raises(DataError, match="has ids of another tokenizer than that of the teacher") as refused:
+        file.require_tokenizer_of(identity_named("teacher", **{field: value}), "the teacher")
+    mine = getattr(ROLLOUTS.policy, field)
+    assert (refused.value.expected, refused.value.actual) == (f"{value}  (teacher)", f"{mine}  (student)")
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
