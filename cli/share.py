@@ -28,7 +28,7 @@ def push(
     json: Json = False,
 ) -> None:
     """Verify an artifact and push it to a dataset repository on the Hub; run again, it goes on where it was."""
-    with console.progress("push", "bytes", at_once=False) as sent:
+    with console.progress("push", "bytes") as sent:
         pushed = lopd_store.push(
             artifact,
             repository,

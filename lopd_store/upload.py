@@ -61,7 +61,7 @@ def push(
     Pushing again goes on where a push was interrupted, and sends only what is missing; parts of another artifact leave
     the branch and stay under their own tag. With `create_pr` it becomes a pull request, a draft until it is whole; once
     that is merged, a push of the same artifact sets the tag. What people wrote into the card stays. `on_bytes` hears
-    the verification, `on_upload` (bytes sent, bytes to be sent).
+    the verification of what this machine has neither built nor verified, `on_upload` (bytes sent, bytes to be sent).
     """
     from huggingface_hub import HfApi, get_token
 
@@ -173,10 +173,9 @@ def _upload_parts(
         additions = [CommitOperationAdd(path, artifact.path / path) for path in waiting]
         branch.upload(additions)
         for addition in additions:
-            found, digest = f"sha256:{addition.upload_info.sha256.hex()}", missing[addition.path_in_repo].sha256
-            if found != digest:
-                message = f"`{addition.path_in_repo}` changed while it was pushed"
-                raise ArtifactError(message, code="A022", expected=digest, actual=found)
+            path, found = addition.path_in_repo, f"sha256:{addition.upload_info.sha256.hex()}"
+            if found != missing[path].sha256:
+                raise _changed(path, missing[path].sha256, found, code="A022")
         uploaded.extend(additions)
         sent += sum(missing[path].size for path in waiting)
         waiting.clear()
@@ -190,10 +189,17 @@ def _upload_parts(
         for number in artifact.view.parts:
             take(number)
     else:
-        verify(artifact.path, on_bytes=on_bytes, on_part=take).require_ok()
+        report = verify(artifact.path, on_bytes=on_bytes, on_part=take)
+        report.require_ok()
+        if report.fingerprint != artifact.fingerprint:  # then it was another one that is right
+            raise _changed(layout.MANIFEST, artifact.fingerprint, report.fingerprint)
     if waiting:
         send()
     return uploaded
+
+
+def _changed(name: str, expected: str, actual: str | None, code: str | None = None) -> ArtifactError:
+    return ArtifactError(f"`{name}` changed while it was pushed", code=code, expected=expected, actual=actual)
 
 
 def _documents(artifact: Artifact, head: HubSource, there: Mapping[str, Listed]) -> dict[str, bytes]:

@@ -121,6 +121,22 @@ def test_a_part_that_changes_while_it_is_pushed_is_refused(
     assert hub.files(REPO).keys() == {".gitattributes"}
 
 
+def test_a_manifest_that_changes_while_it_is_pushed_is_refused(hub: HubServer, artifact: Path, forgotten: None) -> None:
+    manifest, right = artifact / "manifest.json", (artifact / "manifest.json").read_bytes()
+    wrong = edit_manifest(right, "text", value=False)
+    manifest.write_bytes(wrong)
+
+    def put_back(method: str, path: str) -> None:
+        manifest.write_bytes(right)
+
+    hub.fault = put_back
+    with pytest.raises(ArtifactError, match=r"`manifest\.json` changed while it was pushed") as refused:
+        lopd_store.push(artifact, REPO)
+    fingerprints = [digest_contents(data).sha256 for data in (wrong, right)]
+    assert [refused.value.expected, refused.value.actual] == fingerprints
+    assert hub.files(REPO).keys() == {".gitattributes"}
+
+
 def test_an_organisation_has_its_own_repositories(hub: HubServer, sealed: Path) -> None:
     hub.organizations = ("lab",)
     assert run_command("lopd-store", "push", sealed, "lab/art", "--private").code == 0
