@@ -60,7 +60,7 @@ def pull(
     repository is looked up. Given a fingerprint beside a place, its tag is fetched and any other artifact refused;
     given a public key or its file as `signed_by`, likewise one that the key has not signed; both before a part is
     downloaded. `only="sampled"` leaves out top-k and tables, `parts` all other parts; the copy says so, and verifies
-    by itself. `on_download` and `on_bytes` hear (bytes so far, bytes in all) of the download and of the verification.
+    by itself. `on_download` and `on_bytes` hear (bytes so far, bytes in all) of the download and of the comparison.
     """
     if is_digest(place):
         if fingerprint not in (None, place):
@@ -106,7 +106,7 @@ def _pull(
     on_download: OnBytes | None,
     on_bytes: OnBytes | None,
 ) -> None:
-    """Make the directory of the pull in progress hold this view of the artifact, verified."""
+    """Make the directory of the pull in progress hold this view of the artifact, every byte compared."""
     with _removing_what_is_wrong(pulling):
         write_durably(pulling / layout.MANIFEST, remote.manifest_bytes)
         if signed is not None:

@@ -84,7 +84,7 @@ class Artifact:
         """Decode one part; raises ArtifactError where its bytes are not those of the manifest.
 
         With `check`, also where its values break a rule of the format, as `verify` would find. Whoever trains on a part
-        that nobody has verified asks for it.
+        that nobody may have verified asks for it.
         """
         if number not in self.view.parts:
             raise InputError(

@@ -77,7 +77,7 @@ def export(
     ConsistencyError where the gate refuses and `overrides` (names in `gate.OVERRIDES`) do not cover it.
     """
     if sources.is_url(artifact):
-        raise InputError(f"`{artifact}` is not on this machine", hint="`lopd-store pull` gets and verifies it")
+        raise InputError(f"`{artifact}` is not on this machine", hint="`lopd-store pull` brings it here")
     opened, output = reader.open(artifact), Path(output)
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
