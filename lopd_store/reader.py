@@ -15,7 +15,7 @@ import bisect
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -93,7 +93,7 @@ class Artifact:
             )
         contents = {kind: self._read(number, kind) for kind in (layout.TOKENS, layout.TOPK) if kind in self.view.kinds}
         for found in check_contents(number, contents, self.manifest) if check else ():
-            raise found.to_error()
+            raise replace(found, hint=f"this is what `{self.place}` holds: ask whoever made it").to_error()
         return read_part(
             contents[layout.TOKENS],
             contents.get(layout.TOPK),

@@ -193,7 +193,8 @@ def test_values_that_break_a_rule_are_noticed_by_whoever_asks_for_it(artifact: P
     (found,) = lopd_store.verify(artifact).findings
     with pytest.raises(ArtifactError) as refused:
         opened.part(0, check=True)
-    assert (refused.value.code, str(refused.value)) == (found.code, str(found.to_error()))
+    assert (refused.value.code, refused.value.message) == (found.code, found.to_error().message)
+    assert refused.value.hint == f"this is what `{artifact}` holds: ask whoever made it"
     assert opened.part(1, check=True).topk is not None
     assert len(opened.part(0).sampled_logprobs) == len(part.sampled_logprobs)
 
