@@ -102,24 +102,24 @@ class Artifact:
             where=layout.part_name(number),
         )
 
-    def parts(self, *, ahead: int = 1) -> Iterator[Part]:
-        """All parts in order; the next `ahead` are decoded while the caller works on this one."""
+    def parts(self, *, ahead: int = 1, check: bool = False) -> Iterator[Part]:
+        """All parts in order, checked or not; the next `ahead` are decoded while the caller works on this one."""
         waiting: deque[Future[Part]] = deque()
         with ThreadPoolExecutor(max_workers=max(ahead, 1)) as pool:
             for number in self.view.parts:
-                waiting.append(pool.submit(self.part, number))
+                waiting.append(pool.submit(self.part, number, check=check))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
 
-    def batches(self, positions: int) -> Iterator[Part]:
+    def batches(self, positions: int, *, check: bool = False) -> Iterator[Part]:
         """All rollouts in order, in batches of whole rollouts with at most so many positions (one rollout at least).
 
         A batch is flat arrays with offsets, views of its part without copy or padding; none spans two parts.
-        `torch.from_numpy` takes them as they are.
+        `torch.from_numpy` takes them as they are. With `check`, each part's values are checked first, see `part`.
         """
-        for part in self.parts():
+        for part in self.parts(check=check):
             start = 0
             while start < len(part.prompt_lengths):
                 room = part.position_offsets[start] + positions

@@ -48,6 +48,7 @@ class Report:
 
     fingerprint: str | None  # None where there is no readable manifest
     quick: bool
+    values: bool  # whether they were looked at, and not only the bytes
     partial: bool  # whether this is a copy that says that it lacks files
     files: int
     bytes: int
@@ -67,6 +68,7 @@ class Report:
             "ok": self.ok,
             "fingerprint": self.fingerprint,
             "quick": self.quick,
+            "values": self.values,
             "partial": self.partial,
             "files": self.files,
             "bytes": self.bytes,
@@ -143,6 +145,7 @@ def verify(
         return Report(
             fingerprint=digest_bytes(data) if data else None,
             quick=quick,
+            values=values and not quick,
             partial=view is not None and manifest is not None and not view.is_whole(manifest),
             files=len(entries) + bool(data),
             bytes=sum(size for _, size in entries) + len(data),
@@ -221,11 +224,12 @@ def _verify_listing(source: sources.Source) -> Report:
         artifact = reader.open_source(source)
     except ArtifactError as error:
         found = finding_of(error, layout.MANIFEST, "A001")
-        return Report(fingerprint=None, quick=True, partial=False, files=0, bytes=0, findings=(found,))
+        return Report(fingerprint=None, quick=True, values=False, partial=False, files=0, bytes=0, findings=(found,))
     entries = _entries(artifact.view, artifact.manifest)
     return Report(
         fingerprint=artifact.fingerprint,
         quick=True,
+        values=False,
         partial=not artifact.view.is_whole(artifact.manifest),
         files=len(entries) + 1,
         bytes=sum(size for _, size in entries) + len(artifact.manifest_bytes),

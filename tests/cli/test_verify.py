@@ -58,6 +58,7 @@ def test_the_same_facts_come_in_json(sealed: Path) -> None:
         "ok",
         "fingerprint",
         "quick",
+        "values",
         "partial",
         "files",
         "bytes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,9 @@ def test_the_next_part_is_decoded_while_this_one_is_used(sealed: Path, monkeypat
     artifact, decoded = lopd_store.open(sealed), {number: threading.Event() for number in range(4)}
     part = artifact.part
 
-    def announce(number: int) -> Part:
+    def announce(number: int, **options: bool) -> Part:
         assert threading.current_thread() is not threading.main_thread()
-        found = part(number)
+        found = part(number, **options)
         decoded[number].set()
         return found
 
@@ -147,7 +148,7 @@ def test_the_entries_of_a_batch_lie_where_its_own_offsets_say(sealed: Path) -> N
 def test_batches_are_views_and_so_are_their_tensors(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = lopd_store.open(sealed)
     part = artifact.part(0)
-    monkeypatch.setattr(artifact, "parts", lambda: iter([part]))
+    monkeypatch.setattr(artifact, "parts", lambda **_: iter([part]))
     for batch in artifact.batches(9):
         assert part.topk is not None and batch.topk is not None
         for name in ("token_ids", "loss_mask", "sampled_logprobs", "reference_logprobs"):
@@ -197,6 +198,10 @@ def test_values_that_break_a_rule_are_noticed_by_whoever_asks_for_it(artifact: P
     assert refused.value.hint == f"this is what `{artifact}` holds: ask whoever made it"
     assert opened.part(1, check=True).topk is not None
     assert len(opened.part(0).sampled_logprobs) == len(part.sampled_logprobs)
+    for read in (opened.parts, partial(opened.batches, 5)):
+        assert next(read()).topk is not None
+        with pytest.raises(ArtifactError, match="sampled log-prob and the entry"):
+            next(read(check=True))
 
 
 def test_a_copy_without_topk_has_its_values_checked_too(artifact: Path, tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ def test_bytes_alone_are_compared_where_values_are_left_to_their_reader(artifact
     assert codes(artifact, values=False) == []
     (artifact / TOPK).write_bytes((artifact / TOPK).read_bytes()[:-1] + b"!")
     assert codes(artifact, values=False) == ["A022"]
+    assert verify(artifact).values
+    assert not verify(artifact, values=False).values and not verify(artifact, quick=True).values
 
 
 # What is remembered
