@@ -145,6 +145,7 @@ def train_live(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Stu
     config, trained = task.config, student.load(task.student, task.config)
     optimizer = make_optimizer(trained.model, config)
     prompts = prompt_ids(task.prompts, trained)
+    np.random.default_rng(config.seed).shuffle(prompts)  # as training from an artifact does
     for step in range(config.steps or 0):
         streams = range(step * config.batch_rollouts, (step + 1) * config.batch_rollouts)
         with clock.on("sampling"):
