@@ -283,7 +283,7 @@ def merge(*sources: str | Path, output: str | Path) -> reader.Artifact:
             in_progress.copy_tools(directory, building)
         for number in range(len(plan.parts)):
             source = next((place for place in directories if is_done(place, number)), None)
-            if source is not None:
+            if source not in (None, building):  # what is here already is verified with everything else
                 _take(number, plan, source, building)
         in_progress.require_whole(building, plan)
         return _seal(plan, building, output, None)
@@ -367,7 +367,7 @@ def _publish(remote: Remote, plan: Plan, building: Path, workers: int | None) ->
 
 
 def _take(number: int, plan: Plan, source: Path, building: Path) -> None:
-    """Check the files of a part that is done, and copy them where they lie elsewhere."""
+    """Check the files of a part that is done elsewhere, and copy them."""
     note = in_progress.checked_note(source, number, plan)
     for kind, digests in note.files.items():
         path = source / layout.part_file(number, kind)
@@ -379,10 +379,8 @@ def _take(number: int, plan: Plan, source: Path, building: Path) -> None:
                 actual=f"{digest_contents(data).sha256}  ({len(data)} bytes)" if data else "nothing",
                 hint=f"copy it again, or remove `{note_path(source, number)}` and score the part again",
             )
-        if source != building:
-            write_durably(building / layout.part_file(number, kind), data)
-    if source != building:
-        write_durably(note_path(building, number), note_path(source, number).read_bytes())
+        write_durably(building / layout.part_file(number, kind), data)
+    write_durably(note_path(building, number), note_path(source, number).read_bytes())
 
 
 def _require_free(output: str | Path, remote: Remote | None = None) -> None:
