@@ -195,23 +195,30 @@ def measure_workers(model: Path, path: Path, scratch: Path) -> Iterator[Row]:
     cores, speeds = sorted(os.sched_getaffinity(0)), []
     for workers in (1, 2):
         pin(cores[:workers])
-        started, heard = time.perf_counter(), list[tuple[float, Progress]]()
-        lopd_store.build(
-            teacher=model,
-            rollouts=path,
-            output=scratch / f"by-{workers}",
-            workers=workers,
-            batch_tokens=BATCH_TOKENS,
-            part_positions=max(1, int(RolloutsFile(path).response_lengths.sum()) // PARTS),
-            on_progress=lambda progress, heard=heard: heard.append((time.perf_counter(), progress)),  # type: ignore[misc]
-        )
-        ended = time.perf_counter()
-        begun, first = next((when, progress) for when, progress in heard if progress.positions)
-        speeds.append((first.all_positions - first.positions) / (ended - begun))
-        yield Row(what=f"build, workers: {workers}", value=speeds[-1], unit="positions/s")
-        yield Row(what=f"seconds before its first scores, workers: {workers}", value=begun - started, unit="s")
+        before, speed = time_build(model, path, scratch / f"by-{workers}", workers)
+        speeds.append(speed)
+        yield Row(what=f"build, workers: {workers}", value=speed, unit="positions/s")
+        yield Row(what=f"seconds before its first scores, workers: {workers}", value=before, unit="s")
     pin(cores)
     yield Row(what="two workers beside one", value=speeds[1] / speeds[0], unit="times", target=1.8)
+
+
+def time_build(model: Path, path: Path, output: Path, workers: int) -> tuple[float, float]:
+    """Seconds before the first scores of a build, and positions per second from then on."""
+    heard: list[tuple[float, Progress]] = []
+    started = time.perf_counter()
+    lopd_store.build(
+        teacher=model,
+        rollouts=path,
+        output=output,
+        workers=workers,
+        batch_tokens=BATCH_TOKENS,
+        part_positions=max(1, int(RolloutsFile(path).response_lengths.sum()) // PARTS),
+        on_progress=lambda progress: heard.append((time.perf_counter(), progress)),
+    )
+    ended = time.perf_counter()
+    begun, first = next((when, progress) for when, progress in heard if progress.positions)
+    return begun - started, (first.all_positions - first.positions) / (ended - begun)
 
 
 @dataclass

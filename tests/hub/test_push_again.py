@@ -28,12 +28,6 @@ from tests.hub.test_faults import assert_no_half_artifact
 REPO = "acme/art"
 
 
-@pytest.fixture
-def forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was verified before."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty-cache"))
-
-
 def puts(hub: HubServer) -> int:
     return [method for method, _ in hub.requests].count("PUT")
 
