@@ -16,7 +16,7 @@ from lopd_store import building as in_progress
 from lopd_store import layout, strictjson
 from lopd_store.building import COMMAND, PLAN, SFT_AUDIT, TOOLS
 from lopd_store.durable import write_durably
-from lopd_store.errors import ArtifactError, InputError, UnavailableError
+from lopd_store.errors import ArtifactError, InputError, LopdError, UnavailableError
 from lopd_store.plan import Plan
 from lopd_store.scoring import DONE, is_done, note_path, read_note
 
@@ -133,7 +133,7 @@ class Remote:
         with self._errors():
             try:
                 self._files.pipe_file(self._path(name), data, mode="create")
-            except OSError:  # not every server says which condition failed
+            except Exception:  # not every server says which condition failed
                 if self._read(name) is None:
                     raise
                 return False
@@ -165,7 +165,9 @@ class Remote:
             ) from error
         except FileNotFoundError as error:
             raise InputError(f"no such place as `{self.address}`", actual=_first_line(error)) from error
-        except (OSError, ImportError) as error:
+        except LopdError:
+            raise
+        except Exception as error:  # each library below fsspec has errors of its own
             raise UnavailableError(
                 f"`{self.address}` did not answer as it should",
                 actual=_first_line(error),

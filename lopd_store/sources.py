@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lopd_store import layout
-from lopd_store.errors import ArtifactError, InputError, UnavailableError
+from lopd_store.errors import ArtifactError, InputError, LopdError, UnavailableError
 from lopd_store.hub import check_repository, hub_errors
 
 OnCount = Callable[[int], None]  # hears how many bytes more have come
@@ -276,11 +275,7 @@ def _file_system_errors(name: str) -> Iterator[None]:
         raise InputError(f"no access to `{name}`", actual=str(error)[:300]) from error
     except ValueError as error:  # a protocol that fsspec does not know
         raise InputError(f"`{name}` is no URL that can be read", actual=str(error)[:300]) from error
-    except _no_answers() as error:
+    except LopdError:
+        raise
+    except Exception as error:  # each library below fsspec has errors of its own
         raise UnavailableError(f"`{name}` did not answer as it should: {error}", hint="try again") from error
-
-
-def _no_answers() -> tuple[type[Exception], ...]:
-    """What fsspec raises where there was no answer; s3fs leaves some errors of the library below it as they are."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (OSError,) if botocore is None else (OSError, botocore.BotoCoreError)

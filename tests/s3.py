@@ -33,7 +33,8 @@ def s3_server(home: Path) -> Iterator[dict[str, str]]:
             [
                 *(str(program), "server", f"-dir={home}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"),
                 *(f"-s3.config={config}", "-volume.max=10", "-master.volumeSizeLimitMB=64"),
-                *("-s3.port.iceberg=0", "-s3.port.lance=0", *flags),
+                # by default nothing can be written, and requests wait for ever, where less than 1 % of the disk is free
+                *("-volume.minFreeSpace=16MiB", "-s3.port.iceberg=0", "-s3.port.lance=0", *flags),
             ],
             stdout=log,
             stderr=log,

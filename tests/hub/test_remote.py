@@ -305,6 +305,20 @@ def test_another_url_is_not_trusted_either(in_memory: str, tmp_path: Path) -> No
     assert not (tmp_path / "pulled").exists()
 
 
+def test_a_url_whose_client_has_errors_of_its_own_did_not_answer(
+    in_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HttpError(Exception):
+        """Like gcsfs's, no OSError."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise HttpError("backend error, 503")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", fail)
+    with pytest.raises(UnavailableError, match=f"`{in_memory}` did not answer as it should: backend error, 503"):
+        lopd_store.open(in_memory)
+
+
 def test_a_partial_copy_elsewhere_says_so_too(sealed: Path, in_memory: str, tmp_path: Path) -> None:
     import fsspec
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,16 @@ def test_only_what_runs_models_or_the_hub_imports_heavy_libraries_at_its_top(hea
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             importing |= {module for name in names if name.partition(".")[0] == heavy}
     assert importing == set()
+
+
+def test_every_package_is_installed() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        ".".join((package, *path.parent.relative_to(PACKAGES[package]).parts))
+        for package, path in SOURCES
+        if path.name == "__init__.py"
+    }
+    assert set(tools["packages"]) == found
 
 
 def test_the_trainer_stays_small() -> None:

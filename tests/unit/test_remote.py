@@ -9,7 +9,7 @@ import pytest
 
 import lopd_store
 from lopd_store import layout
-from lopd_store.errors import ArtifactError, DataError, InputError
+from lopd_store.errors import ArtifactError, DataError, InputError, UnavailableError
 from lopd_store.handout import Progress
 from lopd_store.remote import Remote
 from tests.commands import run_command
@@ -139,6 +139,23 @@ def test_a_part_that_was_lost_there_is_no_artifact(options: dict[str, Any], plac
     with pytest.raises(ArtifactError, match=r"00002\.topk\.zarr\.zip` is not what was sent(?s:.)*actual    nothing"):
         lopd_store.merge_remote(address)
     assert not (place / layout.MANIFEST).exists()
+
+
+@pytest.mark.parametrize("method", ["pipe_file", "cat_file", "ls"])
+def test_storage_whose_client_has_errors_of_its_own_did_not_answer(
+    options: dict[str, Any], address: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ReadTimeoutError(Exception):
+        """Like botocore's, no OSError."""
+
+    def time_out(*_: object, **__: object) -> None:
+        raise ReadTimeoutError("read timeout on endpoint")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem." + method, time_out)
+    with pytest.raises(
+        UnavailableError, match=r"did not answer as it should\n(?s:.)*read timeout(?s:.)*same command again"
+    ):
+        lopd_store.publish(output=address, **options)
 
 
 @pytest.mark.parametrize("address", ["nowhere://bucket/a", "s3://"])
