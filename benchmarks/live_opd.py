@@ -6,7 +6,7 @@
 
 Live, every step samples from the student of that moment and asks the teacher. Offline, the rollouts are sampled once,
 from the student at the start, and scored once. Both are judged by whole distributions, on new rollouts of what came out
-on prompts that neither was trained on.
+on prompts that neither was trained on, and both run several times: another seed draws other rollouts in another order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,7 @@ class Task:
     prompts: Path
     held_out: Path  # other prompts
     tokens: int  # of a response
+    runs: int  # each way
     config: TrainConfig
 
 
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rollouts", type=int, default=8, help="a step")
     parser.add_argument("--tokens", type=int, default=64, help="of a response, at most")
+    parser.add_argument("--runs", type=int, default=3, help="each way, with a seed of its own")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the models are kept")
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="the file whose section is rewritten")
@@ -114,6 +117,7 @@ def main() -> None:
                 prompts=prompts,
                 held_out=held_out,
                 tokens=options.tokens,
+                runs=options.runs,
                 config=config,
             )
         text = compare(task, Path(scratch))
@@ -127,16 +131,20 @@ def compare(task: Task, scratch: Path) -> str:
     config, teacher = task.config, student.load(task.teacher, task.config)
     lines = [["at the start", *["-"] * 4, judge(student.load(task.student, config), teacher, task)]]
     for name, train in (("offline", train_offline), ("live", train_live)):
-        clock = Clock()
-        trained = train(task, teacher, clock, scratch)
-        spent = [clock.seconds[what] for what in ("sampling", "scoring", "updating")]
-        lines.append([name, *(f"{seconds:.1f}" for seconds in [*spent, sum(spent)]), judge(trained, teacher, task)])
+        clocks, judged = [Clock() for _ in range(task.runs)], []
+        for run, clock in enumerate(clocks):
+            say(f"{name}, run {run + 1} of {task.runs}")
+            (directory := scratch / f"{name}-{run}").mkdir()
+            seeded = replace(task, config=replace(config, seed=run))
+            judged.append(judge(train(seeded, teacher, clock, directory), teacher, task))
+        spent = [median(clock.seconds[what] for clock in clocks) for what in ("sampling", "scoring", "updating")]
+        lines.append([name, *(f"{seconds:.1f}" for seconds in [*spent, sum(spent)]), ", ".join(judged)])
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {machine()}. {task.who}: "
         f"{config.steps} steps of {config.batch_rollouts} rollouts of up to {task.tokens} tokens, objective "
-        f"`{config.objective}`, learning rate {config.learning_rate:g}. KL(student || teacher) is over the whole "
-        f"vocabulary, on {JUDGED} new rollouts of each student, on prompts held out, with its 95 % interval over those "
-        "rollouts; each way was run once, so what another seed would have changed is not in it.\n\n"
+        f"`{config.objective}`, learning rate {config.learning_rate:g}. Seconds are medians of {task.runs} runs. "
+        f"KL(student || teacher) is over the whole vocabulary, on {JUDGED} new rollouts of each student, on prompts "
+        "held out, with its 95 % interval over those rollouts, for each run.\n\n"
     ) + table(["", "sampling, s", "scoring, s", "updating, s", "all, s", "reverse KL, nats/token"], lines)
 
 
@@ -149,7 +157,9 @@ def train_live(task: Task, teacher: Student, clock: Clock, scratch: Path) -> Stu
     for step in range(config.steps or 0):
         streams = range(step * config.batch_rollouts, (step + 1) * config.batch_rollouts)
         with clock.on("sampling"):
-            records = sample(trained, [prompts[stream % len(prompts)] for stream in streams], streams, task, seed=0)
+            records = sample(
+                trained, [prompts[stream % len(prompts)] for stream in streams], streams, task, seed=config.seed
+            )
         with clock.on("scoring"):
             records = [replace(record, sampled_logprobs=score(teacher, record)) for record in records]
         with clock.on("updating"):
@@ -179,6 +189,7 @@ def train_offline(task: Task, teacher: Student, clock: Clock, scratch: Path) -> 
             max_response_tokens=task.tokens,
             samples_per_prompt=-(-wanted // prompts),
             batch_size=config.batch_rollouts,
+            seed=config.seed,
         )
     with clock.on("scoring"):
         lopd_store.build(teacher=task.teacher, rollouts=rollouts, output=artifact, workers=1)
@@ -305,6 +316,7 @@ def small_task(directory: Path, config: TrainConfig) -> Task:
         prompts=prompts,
         held_out=held_out,
         tokens=8,
+        runs=2,
         config=config,
     )
 
