@@ -5,9 +5,9 @@
     for records, cursor in feed.steps(Cursor(), batch=256, count=150): ...
 
 In every epoch the parts come in another order, and the rollouts of a window of parts are shuffled together. The next
-window is decoded in the background while this one is trained on: training begins after the first window, and memory
-holds two, however many parts there are. What is in a batch at step n follows from data, seed and n alone; a cursor says
-where in that order a run is, so that going on costs one window.
+window is decoded in the background while this one is trained on, so memory holds two, however many parts there are; the
+first is as small as can be, one part as a rule, so that training begins at once. What is in a batch at step n follows
+from data, seed and n alone; a cursor says where in that order a run is, so that going on costs one window.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Source:
 
     where: str
     sizes: Mapping[int, int]  # rollouts of each part that is here, by its number
+    inputs: Mapping[int, int]  # the input, or file, that each of them is of
     read: Callable[[int], list[Record]]
 
 
@@ -41,8 +42,8 @@ def artifact_source(artifact: Artifact) -> Source:
 
     Wherever it lies, the values of a part are checked when it is read for the first time: nobody may have done so yet.
     """
-    sizes = [part.counts.rollouts for part in artifact.manifest.parts]
-    firsts, checked = [0, *itertools.accumulate(sizes)], set[int]()
+    parts = artifact.manifest.parts
+    firsts, checked = [0, *itertools.accumulate(part.counts.rollouts for part in parts)], set[int]()
 
     def read(number: int) -> list[Record]:
         part = artifact.part(number, check=number not in checked)
@@ -61,17 +62,22 @@ def artifact_source(artifact: Artifact) -> Source:
             for row, rollout in enumerate(rollouts, firsts[number])
         ]
 
-    return Source(where=artifact.place, sizes={number: sizes[number] for number in artifact.view.parts}, read=read)
+    return Source(
+        where=artifact.place,
+        sizes={number: parts[number].counts.rollouts for number in artifact.view.parts},
+        inputs={number: parts[number].input for number in artifact.view.parts},
+        read=read,
+    )
 
 
 def rollouts_source(*files: RolloutsFile) -> Source:
     """The rows of files of SFT data, one file after the other, in parts of as many as their groups have."""
-    parts = [(file, start) for file in files for start in range(0, len(file), ROWS_PER_GROUP)]
-    sizes = {number: min(ROWS_PER_GROUP, len(file) - start) for number, (file, start) in enumerate(parts)}
+    parts = [(index, start) for index, file in enumerate(files) for start in range(0, len(file), ROWS_PER_GROUP)]
+    sizes = {number: min(ROWS_PER_GROUP, len(files[index]) - start) for number, (index, start) in enumerate(parts)}
     firsts = [0, *itertools.accumulate(sizes.values())]
 
     def read(number: int) -> list[Record]:
-        file, start = parts[number]
+        index, start = parts[number]
         return [
             Record(
                 row=row,
@@ -79,10 +85,11 @@ def rollouts_source(*files: RolloutsFile) -> Source:
                 prompt_length=len(rollout.prompt_ids),
                 loss_mask=rollout.loss_mask,
             )
-            for row, rollout in enumerate(file.read(start, start + ROWS_PER_GROUP), firsts[number])
+            for row, rollout in enumerate(files[index].read(start, start + ROWS_PER_GROUP), firsts[number])
         ]
 
-    return Source(where=", ".join(str(file.path) for file in files), sizes=sizes, read=read)
+    inputs = {number: index for number, (index, _) in enumerate(parts)}
+    return Source(where=", ".join(str(file.path) for file in files), sizes=sizes, inputs=inputs, read=read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +120,7 @@ class Feed:
     def __init__(self, source: Source, limits: Limits, *, config: TrainConfig, topk: bool = True) -> None:
         self._source, self._limits, self._config = source, limits, config
         self._topk = topk  # training needs it; evaluation has it in any case
-        parts = self._parts(epoch=0, window=0)
+        parts = self._windows(epoch=0)[0]
         records, _ = self._read(parts)
         if not records:
             raise DataError(
@@ -135,8 +142,9 @@ class Feed:
 
     def _order(self, cursor: Cursor, count: int) -> Iterator[tuple[Record, Cursor]]:
         """The next `count` rollouts, each with the cursor after it."""
-        windows = -(-len(self._source.sizes) // self._config.shuffle_parts)
-        places = ((n // windows, n % windows) for n in itertools.count(cursor.epoch * windows + cursor.window))
+        epochs = itertools.count(cursor.epoch)
+        every = ((epoch, window) for epoch in epochs for window in range(len(self._windows(epoch))))
+        places = itertools.islice(every, cursor.window, None)
         with ThreadPoolExecutor(max_workers=1) as pool:
             ahead = pool.submit(self._window, *next(places))
             while count > 0:
@@ -153,18 +161,25 @@ class Feed:
 
     def _window(self, epoch: int, window: int) -> tuple[list[Record], int]:
         """The records of a window to train on, shuffled, and how many were too long."""
-        records, dropped = self._read(self._parts(epoch, window))
+        records, dropped = self._read(self._windows(epoch)[window])
         records = [record for record in records if not self._is_held_out(record)]
         if not self._topk:
             records = [replace(record, topk=None) for record in records]
         order = np.random.default_rng([self._config.seed, epoch, 1 + window]).permutation(len(records))
         return [records[index] for index in order], dropped
 
-    def _parts(self, epoch: int, window: int) -> list[int]:
-        """The numbers of the parts of a window, sorted."""
-        parts = np.random.default_rng([self._config.seed, epoch, 0]).permutation(sorted(self._source.sizes))
-        size = self._config.shuffle_parts
-        return sorted(parts[window * size : (window + 1) * size].tolist())
+    def _windows(self, epoch: int) -> list[list[int]]:
+        """The numbers of the parts of each window.
+
+        The first has a part of every input, and as many more as a step takes; the others have `shuffle_parts`.
+        """
+        source, size = self._source, self._config.shuffle_parts
+        order = np.random.default_rng([self._config.seed, epoch, 0]).permutation(sorted(source.sizes)).tolist()
+        first = list({source.inputs[part]: part for part in reversed(order)}.values())
+        rest = [part for part in order if part not in first]
+        while rest and sum(source.sizes[part] for part in first) < self._config.batch_rollouts:
+            first.append(rest.pop(0))
+        return [sorted(window) for window in (first, *(rest[at : at + size] for at in range(0, len(rest), size)))]
 
     def _read(self, parts: Sequence[int]) -> tuple[list[Record], int]:
         """The records of parts that count in the loss, and how many were too long."""

@@ -248,7 +248,7 @@ def test_training_takes_its_first_step_after_one_part(
     hub.fault = hold_all_but_the_first_part
     ran = run_command(
         *("lopd-train", "opd", "--artifact", url, "--student", student_dir, "--output", tmp_path / "trained"),
-        *("--steps", 12, "--batch-rollouts", 1, "--eval-fraction", 0, "--device", "cpu", "--shuffle-parts", 1),
+        *("--steps", 12, "--batch-rollouts", 1, "--eval-fraction", 0, "--device", "cpu"),
         "--allow-unknown-sft-teacher",
     )
     assert ran.code == 0, ran.stderr

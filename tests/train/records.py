@@ -57,7 +57,7 @@ def records_of(artifact: Path) -> list[Record]:
 def source_of(*parts: Sequence[Record]) -> Source:
     """Parts made by hand."""
     sizes = {number: len(part) for number, part in enumerate(parts)}
-    return Source(where="records", sizes=sizes, read=lambda number: list(parts[number]))
+    return Source(where="records", sizes=sizes, inputs=dict.fromkeys(sizes, 0), read=lambda number: list(parts[number]))
 
 
 def trainer_of(student: Student, feed: Feed, directory: Path) -> Trainer:

@@ -53,7 +53,7 @@ def test_the_last_models_and_the_best_are_kept_and_load(
     artifact: Path, reference: Path, config: TrainConfig, tmp_path: Path
 ) -> None:
     # The learning rate falls to nothing and starts far too high, so that the first checkpoint may or may not be best.
-    run = replace(config, eval_every=1, checkpoint_every=1, keep_checkpoints=2, learning_rate=0.3)
+    run = replace(config, eval_every=1, checkpoint_every=1, keep_checkpoints=2, learning_rate=1.0)
     output = lopd_train.train(artifact=artifact, student=reference, output=tmp_path / "opd", config=run).output
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["eval_reverse_kl"] for line in lines if "eval_reverse_kl" in line and line["step"]}

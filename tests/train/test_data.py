@@ -17,7 +17,7 @@ from lopd_train.data import Cursor, Feed, Limits, Source, artifact_source, rollo
 from tests.artifacts import read_first_part, replace_part
 from tests.train.records import ragged_topk, record, source_of
 
-CONFIG = TrainConfig(shuffle_parts=2, eval_fraction=0)
+CONFIG = TrainConfig(shuffle_parts=2, eval_fraction=0, batch_rollouts=4)
 LIMITS = Limits(vocab_size=1000, context_length=None)
 
 
@@ -43,11 +43,28 @@ def test_every_epoch_holds_every_rollout_once_in_another_order() -> None:
 
 
 def test_a_window_of_parts_is_shuffled_together() -> None:
-    (window, *_) = rows_of(feed(), Cursor(), batch=12, count=2)
-    chosen = {row // 6 for row in window}
-    assert len(chosen) == 2
-    halves = [row // 6 for row in window]
-    assert halves != sorted(halves) != sorted(halves, reverse=True)
+    first, *later = rows_of(feed(), Cursor(), batch=6, count=5)
+    assert len({row // 6 for row in first}) == 1
+    window = [row // 6 for rows in later[:2] for row in rows]
+    assert len(set(window)) == 2
+    assert window != sorted(window) != sorted(window, reverse=True)
+
+
+def test_the_first_window_has_a_part_of_every_input_and_what_a_step_takes() -> None:
+    source = replace(source_of(*parts(count=9)), inputs={number: int(number > 6) for number in range(9)})
+    for seed in range(5):
+        begun: list[int] = []
+
+        def read(number: int, begun: list[int] = begun) -> list[Record]:
+            begun.append(number)
+            return source.read(number)
+
+        counting = replace(source, read=read)
+        feed(replace(CONFIG, seed=seed), counting)
+        assert sorted(number > 6 for number in begun) == [False, True]
+        begun.clear()
+        feed(replace(CONFIG, seed=seed, batch_rollouts=13), counting)
+        assert len(begun) == 3 and {number > 6 for number in begun} == {False, True}
 
 
 def test_what_is_in_a_step_follows_from_the_cursor_alone() -> None:
@@ -59,24 +76,24 @@ def test_what_is_in_a_step_follows_from_the_cursor_alone() -> None:
 
 
 def test_memory_holds_two_windows_and_the_first_step_needs_one() -> None:
-    made, first_step = parts(count=8), threading.Event()
+    made, first_step = parts(count=7), threading.Event()
     begun: list[int] = []
 
     def read(number: int) -> list[Record]:
-        if len(begun) >= 4:  # two for the held-out split, two for the first window
+        if len(begun) >= 4:  # one for the held-out split, one for the first window, two for the next
             assert first_step.wait(10)
         begun.append(number)
         return made[number]
 
-    source = Source(where="parts", sizes=dict.fromkeys(range(8), 6), read=read)
-    steps = feed(source=source).steps(Cursor(), batch=6, count=8)
+    source = Source(where="parts", sizes=dict.fromkeys(range(7), 6), inputs=dict.fromkeys(range(7), 0), read=read)
+    steps = feed(source=source).steps(Cursor(), batch=6, count=7)
     next(steps)
-    assert len(begun) == 4
+    assert len(begun) <= 4
     first_step.set()
     next(steps)
     assert len(begun) <= 6
     list(steps)
-    assert len(begun) == 10  # nothing is read that is not needed
+    assert len(begun) == 8  # nothing is read that is not needed
 
 
 def test_no_prompt_is_on_both_sides_of_the_held_out_split_in_whatever_window_it_is() -> None:
@@ -85,7 +102,7 @@ def test_no_prompt_is_on_both_sides_of_the_held_out_split_in_whatever_window_it_
     trained = [item for items, _ in split.steps(Cursor(), batch=8, count=12) for item in items]
     held_out = {item.prompt for item in split.held_out}
     assert len(held_out) == 4
-    assert len(split.held_out) == 8  # those of the first window
+    assert len(split.held_out) == 4  # those of the first window
     expected = [item.row for part in made for item in part if item.prompt not in held_out]
     assert sorted(item.row for item in trained) == expected
     assert split.rollouts == 96
