@@ -14,7 +14,7 @@ test: .venv/installed
 
 # The tests that need more than the default suite installs: the extra `system`, and vLLM in an environment of its own.
 test-system: .venv/system .venv-vllm/installed
-	$(BIN)/pytest -q -m system --durations 12
+	$(BIN)/pytest -q -m system -n 2 --dist loadfile --no-loadscope-reorder --durations 12
 
 lint: .venv/installed
 	$(BIN)/ruff check .
