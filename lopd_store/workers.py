@@ -1,7 +1,7 @@
 """Who scores the parts: this process, several of its kind, or actors of a Ray cluster.
 
-Every worker loads the teacher once and takes the next part that is missing. All use the same number of threads, so
-how many there are changes no byte.
+Every worker loads the teacher once and takes the next part that is missing; while its teacher scores one, a second
+thread writes the part before it. All use the same number of threads, so how many there are changes no byte.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from lopd_store.handout import (
 )
 from lopd_store.noise import Noise
 from lopd_store.plan import Plan
-from lopd_store.scoring import DoneNote, keep_part, read_rollouts, score_part
+from lopd_store.scoring import DoneNote, ScoredPart, keep_part, read_rollouts, score_part
 from lopd_store.survey import OnBad
 
 OnPart = Callable[[int], None]  # the number of a part that is written
+Written = list[tuple[int, DoneNote]]  # parts that are written: at most one
 
 
 def score_parts(
@@ -124,6 +125,37 @@ def _teacher_bytes(plan: Plan) -> int:
     return sum(size * (2 if gguf is None else 8) for size, gguf in sizes)
 
 
+class Writer:
+    """Writes one part at a time, in a thread of its own."""
+
+    def __init__(self, plan: Plan, building: Path) -> None:
+        self._plan, self._building = plan, building
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: tuple[int, Future[DoneNote]] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def begin(self, scored: ScoredPart) -> None:
+        """Begin to write a part, where none is in hand."""
+        self._writing = scored.number, self._thread.submit(keep_part, self._plan, self._building, scored)
+
+    def end(self) -> Written:
+        """The part in hand, where there is one, once it is written."""
+        if self._writing is None:
+            return []
+        (number, future), self._writing = self._writing, None
+        return [(number, future.result())]
+
+    def check(self) -> None:
+        """Raise at once what stopped the writing of the part in hand."""
+        if self._writing is not None and self._writing[1].done():
+            self._writing[1].result()
+
+
 def _score_here(
     plan: Plan,
     building: Path,
@@ -133,16 +165,14 @@ def _score_here(
     on_bad: OnBad,
     max_noise: float | None,
 ) -> None:
-    """One part after the other; while the teacher scores one, the one before it is written."""
-    writing: tuple[int, Future[DoneNote]] | None = None
+    """One part after the other."""
 
     def on_scored(tokens: int, positions: int) -> None:
         interrupts.tell()
         tally.add(1, tokens, positions)
-        if writing is not None and writing[1].done():
-            writing[1].result()  # an error stops the build at once
+        writer.check()
 
-    with torch_threads(plan.threads), ThreadPoolExecutor(1) as behind:
+    with torch_threads(plan.threads), Writer(plan, building) as writer:
         teacher = load_teacher(plan)
         if read_noise(building) is None:
             rollouts = read_rollouts(plan, tally.missing[0]).values()
@@ -151,12 +181,12 @@ def _score_here(
             if interrupts.asked:
                 break
             scored = score_part(plan, teacher, number, on_scored, on_bad=on_bad)
-            if writing is not None:
-                finish(writing[0], writing[1].result())
-            writing = number, behind.submit(keep_part, plan, building, scored)
+            for written in writer.end():
+                finish(*written)
+            writer.begin(scored)
             del scored
-        if writing is not None:
-            finish(writing[0], writing[1].result())
+        for written in writer.end():
+            finish(*written)
 
 
 def _score_in_processes(
@@ -172,21 +202,27 @@ def _score_in_processes(
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 3)
     ours, theirs = context.Pipe()
-    pool = ProcessPoolExecutor(
-        workers, context, _start_worker, (plan, building, on_bad, counts, context.Value("i"), theirs)
-    )
+    # A pool for each worker, because a part that is not written yet is that worker's to finish.
+    settings = [(plan, building, on_bad, counts, index, theirs) for index in range(workers)]
+    pools = [ProcessPoolExecutor(1, context, _start_worker, initargs) for initargs in settings]
+    last: dict[int, Future[Written]] = {}  # what a worker was given
 
-    def submit(number: int) -> Future[DoneNote]:
+    def submit(number: int) -> Future[Written]:
+        index = next(index for index in range(workers) if index not in last or last[index].done())
         with _interrupts_held_back():
-            return pool.submit(_work, number)
+            last[index] = pools[index].submit(_work, number)
+        return last[index]
 
     def submit_probe(number: int) -> Future[Noise]:
         """The first worker measures the noise; the others load their teachers meanwhile."""
         with _interrupts_held_back():
-            measured = pool.submit(_measure_noise, number, max_noise)
-            for _ in range(workers - 1):
+            for pool in pools[1:]:
                 pool.submit(_load_teacher)
-        return measured
+            return pools[0].submit(_measure_noise, number, max_noise)
+
+    def finish_all(_: int, written: Written) -> None:
+        for one in written:
+            finish(*one)
 
     def tick() -> None:
         tally.scored = list(counts[:])
@@ -203,17 +239,21 @@ def _score_in_processes(
                 interrupts=interrupts,
                 tick=tick,
             )
-        hand_out(tally.missing, submit, finish, width=workers, interrupts=interrupts, tick=tick)
+        hand_out(tally.missing, submit, finish_all, width=workers, interrupts=interrupts, tick=tick)
+        for index in last:
+            finish_all(index, pools[index].submit(_end_writing).result())
     except KeyboardInterrupt:
         ours.close()  # which ends those that are still at work
         raise
     except BrokenProcessPool as error:
+        ours.close()
         raise UnavailableError(
             "a worker was killed, perhaps because memory ran out",
             hint="run the same command again, with fewer `--workers` or a smaller `--batch-tokens`",
         ) from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
@@ -229,16 +269,14 @@ def _interrupts_held_back() -> Iterator[None]:
 _worker: dict[str, Any] = {}  # what one worker process keeps between parts
 
 
-def _start_worker(plan: Plan, building: Path, on_bad: OnBad, counts: Any, started: Any, parent: Connection) -> None:
+def _start_worker(plan: Plan, building: Path, on_bad: OnBad, counts: Any, index: int, parent: Connection) -> None:
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     if plan.device == "cuda":  # before anything asks which there are
-        with started.get_lock():
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of_worker(started.value, _gpus())
-            started.value += 1
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of_worker(index, _gpus())
     import torch
 
     torch.set_num_threads(plan.threads)
-    _worker.update(plan=plan, building=building, on_bad=on_bad, counts=counts)
+    _worker.update(plan=plan, writer=Writer(plan, building), on_bad=on_bad, counts=counts)
 
 
 def _end_with_parent(parent: Connection) -> None:
@@ -248,17 +286,28 @@ def _end_with_parent(parent: Connection) -> None:
     os._exit(1)
 
 
-def _work(number: int) -> DoneNote:
+def _work(number: int) -> Written:
+    """Score a part and begin to write it; returns the one before it."""
+
     def on_scored(*scored: int) -> None:
         counts = _worker["counts"]
         with counts.get_lock():
             for index, more in enumerate((1, *scored)):
                 counts[index] += more
+        writer.check()
 
     plan: Plan = _worker["plan"]
+    writer: Writer = _worker["writer"]
     _load_teacher()
     scored = score_part(plan, _worker["teacher"], number, on_scored, on_bad=_worker["on_bad"])
-    return keep_part(plan, _worker["building"], scored)
+    written = writer.end()
+    writer.begin(scored)
+    return written
+
+
+def _end_writing() -> Written:
+    writer: Writer = _worker["writer"]
+    return writer.end()
 
 
 def _measure_noise(number: int, most: float | None) -> Noise:

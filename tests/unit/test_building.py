@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ import pytest
 
 import lopd_store
 from lopd_store import layout, scoring, workers
+from lopd_store.builder import Settings
 from lopd_store.building import Share, locked
 from lopd_store.digest import digest_contents
 from lopd_store.durable import UNFINISHED
@@ -227,7 +229,10 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_without_room_loses_nothing_that_is_done(options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_without_room_loses_nothing_that_is_done(
+    options: dict[str, Any], tmp_path: Path, processes: int
+) -> None:
     output, part_positions = tmp_path / "a", 60
     lengths = [(3, 10)] * 6 + [(30, 200)]  # the last part has larger files than the first
     rollouts = save_rollouts(tmp_path / "r.parquet", random_pairs(lengths), logprob=-1.5)
@@ -242,7 +247,7 @@ def test_a_disk_without_room_loses_nothing_that_is_done(options: dict[str, Any],
             UnavailableError, match=r"no room for `.*a\.building`\n(?s:.)*hint: make room and run the same"
         ) as full,
     ):
-        lopd_store.build(**options, output=output)
+        lopd_store.build(**options, workers=processes, output=output)
     assert full.value.exit_code == 3
     building = layout.building_directory(output)
     assert [path.name for path in (building / "done").iterdir()] == ["00000.json"]
@@ -284,6 +289,23 @@ def test_an_error_in_writing_stops_the_build_at_the_next_rollout(
     with pytest.raises(UnavailableError, match="no room for"):
         lopd_store.build(**options, output=tmp_path / "a", on_progress=heard.append)
     assert heard[-1].rollouts < heard[-1].all_rollouts
+
+
+def test_a_worker_gives_a_part_back_once_it_has_scored_the_next(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building = lopd_store.build_share("2/2", output=tmp_path / "a", **options).building  # parts 1 and 3
+    plan = Settings(**options).plan()
+    counts = multiprocessing.Array("q", 3)
+    with workers.Writer(plan, building) as writer:
+        monkeypatch.setattr(workers, "_worker", {"plan": plan, "writer": writer, "on_bad": "fail", "counts": counts})
+        given = [workers._work(0), workers._work(2), workers._end_writing(), workers._end_writing()]
+    assert [[number for number, _ in parts] for parts in given] == [[], [0], [2], []]
+    assert counts[0] == sum(plan.parts[number].rollouts for number in (0, 2))
+    assert (
+        lopd_store.merge(output=tmp_path / "a").fingerprint
+        == lopd_store.build(**options, output=tmp_path / "b").fingerprint
+    )
 
 
 # Ctrl-C
