@@ -12,6 +12,7 @@ from data, seed and n alone; a cursor says where in that order a run is, so that
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -127,7 +128,8 @@ class Feed:
                 f"`{source.where}` has nothing to train on", expected="response tokens that the loss mask includes"
             )
         self._last_held_out = last_held_out(records, fraction=config.eval_fraction, seed=config.seed)
-        self.held_out = [record for record in records if self._is_held_out(record)]
+        # Copies: what is a view keeps the whole window in memory for as long as it lives.
+        self.held_out = [copy.deepcopy(record) for record in records if self._is_held_out(record)]
         self.has_reference = all(record.reference_logprobs is not None for record in records)
         read = sum(source.sizes[part] for part in parts)
         share = (len(records) - len(self.held_out)) / max(read, 1)

@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lopd_store
@@ -94,6 +95,16 @@ def test_memory_holds_two_windows_and_the_first_step_needs_one() -> None:
     assert len(begun) <= 6
     list(steps)
     assert len(begun) == 8  # nothing is read that is not needed
+
+
+def test_held_out_rollouts_do_not_keep_the_window_that_they_came_from(artifact: Path) -> None:
+    made = feed(replace(CONFIG, eval_fraction=0.2), artifact_source(lopd_store.open(artifact)))
+    assert made.held_out
+    for item in made.held_out:
+        assert item.topk is not None
+        arrays = [value for part in (item, item.topk) for value in vars(part).values() if isinstance(value, np.ndarray)]
+        assert len(arrays) > 6
+        assert all(array.base is None for array in arrays)
 
 
 def test_no_prompt_is_on_both_sides_of_the_held_out_split_in_whatever_window_it_is() -> None:
