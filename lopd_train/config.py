@@ -31,6 +31,7 @@ FROM_1 = Range("1 or more", lambda value: 1 <= value < math.inf)
 SHARE = Range("from 0 to below 1", lambda value: 0 <= value < 1)
 WITHIN = Range("between 0 and 1", lambda value: 0 < value < 1)
 TWO_SHARES = Range("two numbers in [0, 1)", lambda values: len(values) == 2 and all(map(SHARE.holds, values)))
+ONE_DEVICE = Range("one device of each process", lambda value: value != "auto")
 SEED = Range("0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63)
 
 
@@ -95,7 +96,7 @@ class TrainConfig:
     drop_long: Annotated[bool, "Leave out rollouts longer than the student's context instead of stopping."] = False
     seed: Annotated[int, SEED, "Seed of the data order and of the held-out split."] = 0
     dtype: Annotated[Dtype, _one_of(Dtype), "Arithmetic of the forward pass, and the output's dtype."] = "float32"
-    device: Annotated[str | None, "cpu, cuda, cuda:1, …; by default a GPU where there is one."] = None
+    device: Annotated[str | None, ONE_DEVICE, "cpu, cuda, cuda:1, …; by default a GPU where there is one."] = None
     compile: Annotated[bool, "Compile each transformer block with torch.compile."] = False
     lora_rank: Annotated[int | None, FROM_1, "Train low-rank adapters of this rank instead of the weights."] = None
     lora_alpha: Annotated[float, ABOVE_0, "Adapters are scaled by this divided by their rank."] = 32.0

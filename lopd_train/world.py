@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from lopd_store.models import pick_device
+
 Value = TypeVar("Value")
 _PATIENCE = timedelta(hours=12)  # processes wait for the first one while it runs `--eval-command`
 
@@ -66,7 +68,7 @@ def joined(device: str) -> Iterator[World]:
         return
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        torch.cuda.set_device(own_device(device))
+        torch.cuda.set_device(pick_device(own_device(device)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:
         yield world

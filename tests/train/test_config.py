@@ -26,6 +26,7 @@ def test_the_defaults_are_the_papers() -> None:
         ("jsd_beta", 0.0),
         ("temperature", 0.0),
         ("correction", "rollout"),
+        ("device", "auto"),
         ("correction_cap", 0.5),
         ("reference_kl_weight", -0.1),
         ("cross_entropy_weight", float("nan")),

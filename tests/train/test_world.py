@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from lopd_store.errors import InputError
 from lopd_train.batches import micro_batches
-from lopd_train.world import ALONE, World, from_environment, own_device
+from lopd_train.world import ALONE, World, from_environment, joined, own_device
 from tests.train.records import record
 
 
@@ -18,6 +19,13 @@ def test_what_torchrun_says_is_which_process_this_is_and_which_gpu_is_its_own(mo
         monkeypatch.setenv(name, value)
     assert from_environment() == World(rank=9, size=16)
     assert [own_device(device) for device in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_the_processes_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "99", "LOCAL_RANK": "99", "WORLD_SIZE": "100"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="the device `cuda:99` cannot be used"), joined("cuda"):
+        pass
 
 
 @pytest.mark.parametrize("share", [1, 2, 3, 8])
