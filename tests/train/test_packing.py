@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM as Model
 from transformers import (
+    AttentionInterface,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -18,9 +18,11 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers import AutoModelForCausalLM as Model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lopd_store.errors import DataError
-from lopd_train import TrainConfig, student
+from lopd_train import TrainConfig, packing, student
 from lopd_train.batches import Batch, Record, collate
 from lopd_train.student import Student
 from tests.tiny import tiny_tokenizer
@@ -112,6 +114,29 @@ def test_a_model_that_looks_across_rollouts_is_refused(tmp_path: Path) -> None:
     recurrent = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
     with pytest.raises(DataError, match="a `MambaForCausalLM` cannot be trained on packed rollouts\n  expected"):
         loaded(recurrent, tmp_path)
+
+
+def test_a_model_whose_attention_is_another_is_refused() -> None:
+    def half_as_sharp(module: Any, query: Tensor, *rest: Any, **options: Any) -> Any:
+        return sdpa_attention_forward(module, query / 2, *rest, **options)
+
+    AttentionInterface.register("half_as_sharp", half_as_sharp)
+    model = Model.from_config(FAMILIES["llama"]).eval()
+    model.set_attn_implementation("half_as_sharp")
+    with pytest.raises(DataError, match="a `LlamaForCausalLM` cannot be trained on packed rollouts"):
+        packing.prepare(model)
+
+
+def test_packed_and_one_by_one_may_differ_by_the_rounding_of_the_weights_dtype() -> None:
+    def by_another_kernel(module: Any, arguments: Any, states: Tensor) -> Tensor:
+        return states * (1 + 2**-6) if states.shape[1] > 7 else states
+
+    torch.manual_seed(0)
+    model = Model.from_config(FAMILIES["llama"]).eval()
+    model.base_model.norm.register_forward_hook(by_another_kernel)
+    with pytest.raises(DataError, match="a difference of up to"):
+        packing.prepare(model)
+    packing.prepare(model.to(torch.bfloat16))
 
 
 def test_a_student_in_training_generates_what_transformers_does_with_padding_and_a_cache(tmp_path: Path) -> None:
