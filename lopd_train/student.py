@@ -76,7 +76,9 @@ def load(model: str | Path, config: TrainConfig, world: World = ALONE) -> Studen
         loaded.activation_checkpointing_enable()
     if config.compile:
         for block in blocks(loaded):
-            block.compile()
+            # What is recomputed is not traced through, so there its parts are compiled.
+            for module in block.children() if config.gradient_checkpointing else [block]:
+                module.compile()
     return Student(
         model=loaded,
         tokenizer=models.load_tokenizer(files),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import lopd_store
@@ -111,6 +113,33 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(artifact: Path,
     assert {parameter.dtype for parameter in rough.model.parameters()} == {torch.float32}
     assert not torch.equal(actual, expected)
     assert float((actual - expected).abs().mean()) < 0.1 * float(expected.abs().mean())
+
+
+def test_the_body_keeps_no_copy_of_its_weights_in_bfloat16(artifact: Path, reference: Path) -> None:
+    made, caches = student.load(reference, TrainConfig(device="cpu", dtype="bfloat16")), list[bool]()
+    for module in (made.model.base_model.norm, made.model.get_output_embeddings()):
+        module.register_forward_pre_hook(lambda *_: caches.append(torch.is_autocast_cache_enabled()))
+    measured(made, collate(records_of(artifact)[:1], "cpu"))
+    assert caches == [False, True]  # the head is read for every chunk
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at the gradient of everything
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_blocks_are_compiled_once_for_any_number_of_rollouts(
+    recomputes: bool, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    made = student.load(reference, TrainConfig(device="cpu", compile=True, gradient_checkpointing=recomputes))
+    made.model.train()
+    graphs = []
+    for lengths in ([6, 8], [9, 4, 5], [3, 4, 9, 7], [8]):
+        batch = collate([record([1], [2] * length) for length in lengths], "cpu")
+        made.states(batch).sum().backward()  # type: ignore[no-untyped-call]
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] < graphs[1]  # the second length is taken for any length
+    assert graphs[1:] == [graphs[1]] * 3
 
 
 def test_a_device_that_is_not_there_is_refused(reference: Path) -> None:
