@@ -57,6 +57,7 @@ def chunked_sums(
         values = logits(part)
         with torch.autocast(states.device.type, enabled=False):  # reductions in the precision of the logits
             sums = measure(predict(values, piece), piece)
+        del values  # so that they are gone once their gradient is known
         if trained:
             by_states[start : start + chunk], *more = torch.autograd.grad(sums["loss"], (part, *wanted))
             more = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in more]

@@ -44,7 +44,7 @@ class Student:
 
     def states(self, batch: Batch) -> Tensor:
         """The hidden state that predicts each target; [positions, width]."""
-        with self._autocast():
+        with self._autocast(cache_enabled=False):  # each weight is read once: a copy of all of them would serve nobody
             states: Tensor = self.split.body(**packing.inputs(batch.input_ids, batch.borders)).last_hidden_state
         return states[0, batch.sources]
 
@@ -55,9 +55,9 @@ class Student:
         with self._autocast():
             return chunked_sums(self.split.logits, states, batch, measure, weights=weights, chunk=chunk)
 
-    def _autocast(self) -> torch.autocast:
-        dtype = getattr(torch, self.config.dtype)
-        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype != torch.float32)
+    def _autocast(self, *, cache_enabled: bool = True) -> torch.autocast:
+        dtype, kind = getattr(torch, self.config.dtype), torch.device(self.device).type
+        return torch.autocast(kind, dtype, enabled=dtype != torch.float32, cache_enabled=cache_enabled)
 
 
 def load(model: str | Path, config: TrainConfig, world: World = ALONE) -> Student:

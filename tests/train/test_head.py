@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -136,6 +137,19 @@ def test_chunks_change_neither_sum_nor_gradient_and_no_more_logits_are_alive(
     expected = torch.stack([((value + 2) ** 2).sum() for value in dense(head, wanted).values()]).sum()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(head.gradients(loss / 7), head.gradients(expected / 7))
+
+
+def test_the_logits_of_a_chunk_are_gone_before_those_of_the_next() -> None:
+    head, wanted, alive = Head(), batch(), list[weakref.ref[Tensor]]()
+
+    def logits(states: Tensor) -> Tensor:
+        assert all(other() is None for other in alive)
+        values = head.logits(states)
+        alive.append(weakref.ref(values))
+        return values
+
+    chunked_sums(logits, head.states, wanted, everything, weights=(head.weight,), chunk=3)
+    assert len(alive) == 4
 
 
 def test_a_frozen_head_passes_the_gradient_on_to_the_states() -> None:
