@@ -52,7 +52,7 @@ from lopd_train.card import MODEL_CARD, render_model_card
 from lopd_train.config import FREE_TO_CHANGE, TrainConfig
 from lopd_train.data import Cursor
 from lopd_train.student import Student
-from lopd_train.world import World
+from lopd_train.world import TORCHRUN, World
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -194,8 +194,12 @@ def keep_model(directory: Path, step: int, student: Student, scores: Mapping[int
 
 
 def run_command(command: str, model: Path, step: int) -> int:
-    """The exit code of a shell command that is told where the model of a step is; what it prints goes to stderr."""
-    environment = {**os.environ, "LOPD_CHECKPOINT": str(model), "LOPD_STEP": str(step)}
+    """The exit code of a shell command that is told where the model of a step is; what it prints goes to stderr.
+
+    It is a process alone: one that took itself for the first of this run's would wait for the others.
+    """
+    environment = {name: value for name, value in os.environ.items() if not TORCHRUN.fullmatch(name)}
+    environment |= {"LOPD_CHECKPOINT": str(model), "LOPD_STEP": str(step)}
     return subprocess.run(command, shell=True, env=environment, stdout=2, check=False).returncode
 
 

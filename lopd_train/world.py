@@ -9,6 +9,7 @@ gradients and optimiser state are sharded between them (FSDP2), each transformer
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from lopd_store.models import pick_device
 
 Value = TypeVar("Value")
+TORCHRUN = re.compile(r"(\w+_)?(RANK|WORLD_SIZE)|(MASTER|TORCHELASTIC)_\w+")  # the variables that it sets
 _PATIENCE = timedelta(hours=12)  # processes wait for the first one while it runs `--eval-command`
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,18 @@ def test_a_command_sees_each_checkpoint_and_may_fail(
     ]
     assert result.steps == 6
     assert [path.name for path in (result.output / "checkpoints").iterdir()] == ["step-6"]
+
+
+def test_a_command_does_not_take_itself_for_a_process_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "host", "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in {**said, "CUDA_VISIBLE_DEVICES": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert checkpoint.run_command(f"env > {tmp_path}/seen", tmp_path / "step-2", 2) == 0
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "seen").read_text().splitlines())
+    assert not said.keys() & seen.keys()
+    assert seen.items() >= {"LOPD_STEP": "2", "CUDA_VISIBLE_DEVICES": "0", "PATH": os.environ["PATH"]}.items()
 
 
 def test_metrics_are_handed_on_as_they_are_written(
