@@ -77,9 +77,9 @@ class Categories:
 
         Its mass is known at temperature 1 alone: elsewhere it depends on how it is spread, which nobody stored.
         """
-        logits = self.logprobs.clamp(min=LOG_TINY) / temperature
+        logits = _numbers(self.logprobs) / temperature
         nothing = torch.full_like(self.tail, -torch.inf)
-        peaks = nothing.scatter_reduce(0, self.positions, logits.detach(), "amax").clamp(min=LOG_TINY / temperature)
+        peaks = _numbers(nothing.scatter_reduce(0, self.positions, logits.detach(), "amax"))
         sums = torch.zeros_like(nothing).index_add(0, self.positions, (logits - peaks[self.positions]).exp())
         tempered = Categories(logprobs=logits, tail=nothing, positions=self.positions)
         return tempered._minus(sums.clamp(min=torch.finfo(sums.dtype).tiny).log() + peaks)
@@ -89,8 +89,12 @@ class Categories:
         return Categories(logprobs=entries, tail=self.tail - log_total, positions=self.positions)
 
     def _finite(self) -> Categories:
-        logprobs, tail = self.logprobs.clamp(min=LOG_TINY), self.tail.clamp(min=LOG_TINY)
-        return Categories(logprobs=logprobs, tail=tail, positions=self.positions)
+        return Categories(logprobs=_numbers(self.logprobs), tail=_numbers(self.tail), positions=self.positions)
+
+
+def _numbers(logprobs: Tensor) -> Tensor:
+    """The same with a number for what is impossible; what is next to impossible keeps its gradient."""
+    return logprobs.masked_fill(logprobs.isneginf(), LOG_TINY)
 
 
 def reverse_kl(student: Categories, teacher: Categories) -> Tensor:  # [positions]

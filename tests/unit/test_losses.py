@@ -87,11 +87,14 @@ def test_a_divergence_has_value_and_gradient_of_the_merged_categories(
     assert_agrees(lambda q: loss(categories(q), categories(torch.from_numpy(teacher))), expected, logits(0))
 
 
+@pytest.mark.parametrize("gap", [0, 100])  # between the stored ids and the others
 @DIVERGENCES
 def test_at_a_temperature_a_divergence_is_over_the_stored_ids_alone(
-    loss: Callable[[Categories, Categories], Tensor], dense: Callable[[Floats, Floats], float]
+    loss: Callable[[Categories, Categories], Tensor], dense: Callable[[Floats, Floats], float], gap: float
 ) -> None:
-    teacher, temperature = logits(1), 2.5
+    teacher, away, temperature = logits(1), logits(0), 2.5
+    for row, ids in enumerate(STORED):
+        away[row, ids] -= gap
 
     def actual(student: Tensor) -> Tensor:
         both = (categories(student), categories(torch.from_numpy(teacher)))
@@ -105,7 +108,7 @@ def test_at_a_temperature_a_divergence_is_over_the_stored_ids_alone(
             ]
         )
 
-    assert_agrees(actual, expected, logits(0))
+    assert_agrees(actual, expected, away)
 
 
 @DIVERGENCES
@@ -145,6 +148,23 @@ def test_a_student_that_has_left_the_stored_tokens_is_far_away_and_pulled_back(
     assert bool((values[:-1] > 0.05).all())
     for row, ids in enumerate(STORED[:-1]):
         assert float(gradient[row, ids].sum()) < -1e-5  # a step downhill gives the stored tokens more
+
+
+@DIVERGENCES
+def test_a_student_that_has_all_but_ruled_a_token_out_is_pulled_back_as_the_equation_says(
+    loss: Callable[[Categories, Categories], Tensor], dense: Callable[[Floats, Floats], float]
+) -> None:
+    teacher, away = logits(19), logits(20)
+    for row, ids in enumerate(STORED):
+        away[row, ids[0]] -= 100
+
+    def expected(student: Floats) -> Floats:
+        pairs = zip(student, teacher, STORED, strict=True)
+        return np.array(
+            [dense(twin.merged(twin.softmax(q), ids), twin.merged(twin.softmax(p), ids)) for q, p, ids in pairs]
+        )
+
+    assert_agrees(lambda q: loss(categories(q), categories(torch.from_numpy(teacher))), expected, away, 1e-6)
 
 
 def test_the_divergence_of_jensen_and_shannon_leads_from_forward_to_reverse_kl() -> None:
