@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
 from lopd_store import strictjson
-from lopd_store.durable import sync_directory, write_durably
+from lopd_store.durable import becoming, sync_directory, write_durably
 from lopd_store.errors import InputError
 from lopd_store.gate import State
 from lopd_store.identity import ModelIdentity, identify
@@ -177,18 +177,17 @@ def load_state(directory: Path, student: Student, optimizer: torch.optim.Optimiz
 def keep_model(directory: Path, step: int, student: Student, scores: Mapping[int, float]) -> Path:
     """Write the model of a step; of the others, the last ones and the one with the lowest score stay."""
     kept = directory / _CHECKPOINTS
-    path, unfinished = kept / f"step-{step}", kept / "unfinished"
-    weights = whole_weights(student)
+    path, weights = kept / f"step-{step}", whole_weights(student)
     if student.world.is_first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(path, ignore_errors=True)
-        write_model(student, weights, unfinished)
-        unfinished.rename(path)
-        steps = sorted(map(_number, kept.glob("step-*")))
+        kept.mkdir(exist_ok=True)
+        with becoming(path) as unfinished:
+            write_model(student, weights, unfinished)
+        steps = sorted(map(_number, kept.glob("step-*[0-9]")))
         best = min((step for step in steps if step in scores), key=lambda step: scores[step], default=None)
-        for step in steps[: -student.config.keep_checkpoints]:
-            if step != best:
-                shutil.rmtree(kept / f"step-{step}")
+        stay = {f"step-{step}" for step in (*steps[-student.config.keep_checkpoints :], best)}
+        for other in kept.iterdir():  # also what a kill has left unfinished
+            if other.name not in stay:
+                shutil.rmtree(other)
     student.world.gather(None)
     return path
 

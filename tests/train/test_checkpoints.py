@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import lopd_train
@@ -48,6 +49,20 @@ def test_a_full_disk_leaves_the_state_before_it_whole(reference: Path, config: T
     assert [path.name for path in tmp_path.iterdir()] == ["state-1"]
     assert checkpoint.load_state(tmp_path, loaded, optimizer) == (1, [Cursor(taken=1)])
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_a_full_disk_leaves_the_models_that_were_kept_and_no_half_of_one(
+    reference: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    loaded, kept = student.load(reference, replace(config, keep_checkpoints=2)), tmp_path / "checkpoints"
+    checkpoint.keep_model(tmp_path, 1, loaded, {})
+    with room_for(20_000), pytest.raises((OSError, SafetensorError), match="File too large"):
+        checkpoint.keep_model(tmp_path, 2, loaded, {})
+    assert [path.name for path in kept.iterdir()] == ["step-1"]
+    (kept / "step-2.unfinished").mkdir()  # a kill leaves it
+    checkpoint.keep_model(tmp_path, 3, loaded, {})
+    assert {path.name for path in kept.iterdir()} == {"step-1", "step-3"}
+    AutoModelForCausalLM.from_pretrained(kept / "step-3")
 
 
 def test_the_last_models_and_the_best_are_kept_and_load(
