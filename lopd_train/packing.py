@@ -58,7 +58,7 @@ def inputs(
     return {"input_ids": input_ids, "position_ids": positions[None], "cu_seq_lens_q": borders, "use_cache": False}
 
 
-@torch.compiler.disable  # traced, it would be compiled anew for every number of rollouts
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, it is compiled for each number of rollouts
 def packed_attention(
     module: Any,
     query: Tensor,  # [1, heads, tokens, width]
