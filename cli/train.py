@@ -75,14 +75,12 @@ def with_config(defaults: TrainConfig) -> Callable[[Callable[..., None]], Callab
             command(config=replace(settings.read(config, defaults) if config else defaults, **given), **arguments)
 
         signature = inspect.signature(command, eval_str=True)
+        own = dict(signature.parameters)
+        own["config"] = own["config"].replace(default=None, annotation=ConfigOption)
         context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
-        own = [
-            parameter.replace(default=None, annotation=ConfigOption) if parameter.name == "config" else parameter
-            for parameter in own
-        ]
+        parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own.values()]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = signature.replace(parameters=[context, *own, *map(option, names)])  # type: ignore[attr-defined]
+        run.__signature__ = signature.replace(parameters=[context, *parameters, *map(option, names)])  # type: ignore[attr-defined]
         return run
 
     return decorate
