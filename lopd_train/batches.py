@@ -115,8 +115,7 @@ def micro_batches(records: Sequence[Record], *, max_tokens: int, share: int = 1)
 
 def collate(records: Sequence[Record], device: str) -> Batch:
     """Records as one batch. Here, once, the targets are chosen and shifted against the states that predict them."""
-    borders = np.zeros(len(records) + 1, np.int64)
-    np.cumsum([len(record.token_ids) for record in records], out=borders[1:])
+    borders = np.cumsum([0, *(len(record.token_ids) for record in records)])
     places = [record.prompt_length + np.flatnonzero(record.loss_mask) for record in records]
     targets = [record.token_ids[some] for record, some in zip(records, places, strict=True)]
     # A token is predicted by the state of the one before it.

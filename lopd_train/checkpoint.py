@@ -28,13 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
@@ -61,7 +56,7 @@ _PLACE_FILE = "place.json"  # in a state: where in its steps and data the run is
 # What may differ between a run and its resumption: where things lie, and the settings that say so.
 _PLACES = {"inputs.model.path", "inputs.model.identity.name", "inputs.data.path", "inputs.sft_data.path"}
 _NOT_COMPARED = _PLACES | {f"config.{name}" for name in FREE_TO_CHANGE}
-_TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)
+_TRAINED_ALONE = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +159,7 @@ def load_state(directory: Path, student: Student, optimizer: torch.optim.Optimiz
     tensors = _tensors(student, optimizer)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a process is alone
         load(tensors, checkpoint_id=states[-1])
-    set_state_dict(
+    state_dict.set_state_dict(
         student.model,
         optimizer,
         model_state_dict=tensors["model"],
@@ -233,8 +228,8 @@ def finish(run: Run, student: Student, directory: Path, output: Path) -> None:
 def whole_weights(student: Student) -> dict[str, torch.Tensor]:
     """The weights to export, by name, on the CPU, in the dtype of the arithmetic; of a sharded model in the first
     process alone."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found = get_model_state_dict(student.model, options=options)
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = state_dict.get_model_state_dict(student.model, options=options)
     weights = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     dtype = getattr(torch, student.config.dtype)
     return {name: value.to(dtype) for name, value in lora.merge(weights, student.config).items()}
@@ -254,8 +249,8 @@ def write_model(student: Student, weights: Mapping[str, torch.Tensor], directory
 
 def _tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What is trained, by names that do not depend on how many processes there are."""
-    model, optimizer_state = get_state_dict(student.model, optimizer, options=_TRAINED_ALONE)
-    return {"model": model, "optimizer": optimizer_state}
+    model, moments = state_dict.get_state_dict(student.model, optimizer, options=_TRAINED_ALONE)
+    return {"model": model, "optimizer": moments}
 
 
 def _states(directory: Path) -> list[Path]:

@@ -29,7 +29,7 @@ def prepare(model: Any) -> None:
     ids = torch.arange(12, device=weight.device)[None] % len(weight)
     with torch.no_grad():  # by the attention that the model was loaded with
         alone = [body(input_ids=piece, use_cache=False).last_hidden_state for piece in (ids[:, :5], ids[:, 5:])]
-    expected = torch.cat(alone, dim=1)
+        expected = torch.cat(alone, dim=1)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):
         AttentionInterface.register(_NAME, packed_attention)
