@@ -159,13 +159,7 @@ def load_state(directory: Path, student: Student, optimizer: torch.optim.Optimiz
     tensors = _tensors(student, optimizer)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a process is alone
         load(tensors, checkpoint_id=states[-1])
-    state_dict.set_state_dict(
-        student.model,
-        optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict=tensors["optimizer"],
-        options=_TRAINED_ALONE,
-    )
+    state_dict.set_state_dict(student.model, optimizer, **tensors, options=_TRAINED_ALONE)
     return int(place["step"]), [Cursor(**cursor) for cursor in place["cursors"]]
 
 
@@ -174,7 +168,6 @@ def keep_model(directory: Path, step: int, student: Student, scores: Mapping[int
     kept = directory / _CHECKPOINTS
     path, weights = kept / f"step-{step}", whole_weights(student)
     if student.world.is_first:
-        kept.mkdir(exist_ok=True)
         with becoming(path) as unfinished:
             write_model(student, weights, unfinished)
         steps = sorted(map(_number, kept.glob("step-*[0-9]")))
@@ -188,10 +181,8 @@ def keep_model(directory: Path, step: int, student: Student, scores: Mapping[int
 
 
 def run_command(command: str, model: Path, step: int) -> int:
-    """The exit code of a shell command that is told where the model of a step is; what it prints goes to stderr.
-
-    It is a process alone: one that took itself for the first of this run's would wait for the others.
-    """
+    """The exit code of a shell command that is told where the model of a step is; what it prints goes to stderr."""
+    # A process alone: one that took itself for the first of this run's would wait for the others.
     environment = {name: value for name, value in os.environ.items() if not TORCHRUN.fullmatch(name)}
     environment |= {"LOPD_CHECKPOINT": str(model), "LOPD_STEP": str(step)}
     return subprocess.run(command, shell=True, env=environment, stdout=2, check=False).returncode
@@ -214,10 +205,9 @@ def finish(run: Run, student: Student, directory: Path, output: Path) -> None:
         write_durably(directory / PROVENANCE_FILE, strictjson.pretty(record.to_json()))
         card = render_model_card(record, run.config, run.artifact, run.sft_data_digest)
         write_durably(directory / MODEL_CARD, card.encode())
-        for path in directory.iterdir():
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+        for path in filter(Path.is_file, directory.iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         directory.rename(output)
         sync_directory(output.parent)
         for state in output.glob("state*"):
@@ -226,8 +216,7 @@ def finish(run: Run, student: Student, directory: Path, output: Path) -> None:
 
 
 def whole_weights(student: Student) -> dict[str, torch.Tensor]:
-    """The weights to export, by name, on the CPU, in the dtype of the arithmetic; of a sharded model in the first
-    process alone."""
+    """The weights to export, by name, on the CPU, in the arithmetic's dtype; sharded, in the first process alone."""
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     found = state_dict.get_model_state_dict(student.model, options=options)
     weights = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
@@ -248,9 +237,9 @@ def write_model(student: Student, weights: Mapping[str, torch.Tensor], directory
 
 
 def _tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What is trained, by names that do not depend on how many processes there are."""
+    """What is trained, as `set_state_dict` takes it: by names that do not depend on how many processes there are."""
     model, moments = state_dict.get_state_dict(student.model, optimizer, options=_TRAINED_ALONE)
-    return {"model": model, "optimizer": moments}
+    return {"model_state_dict": model, "optim_state_dict": moments}
 
 
 def _states(directory: Path) -> list[Path]:

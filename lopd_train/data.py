@@ -118,9 +118,8 @@ class Feed:
     cannot read whole, when its window comes; with the config's `drop_long` one that is too long is counted instead.
     """
 
-    def __init__(self, source: Source, limits: Limits, *, config: TrainConfig, topk: bool = True) -> None:
+    def __init__(self, source: Source, limits: Limits, *, config: TrainConfig) -> None:
         self._source, self._limits, self._config = source, limits, config
-        self._topk = topk  # training needs it; evaluation has it in any case
         parts = self._windows(epoch=0)[0]
         records, _ = self._read(parts)
         if not records:
@@ -165,7 +164,7 @@ class Feed:
         """The records of a window to train on, shuffled, and how many were too long."""
         records, dropped = self._read(self._windows(epoch)[window])
         records = [record for record in records if not self._is_held_out(record)]
-        if not self._topk:
+        if self._config.objective == "sampled":  # only evaluation reads it
             records = [replace(record, topk=None) for record in records]
         order = np.random.default_rng([self._config.seed, epoch, 1 + window]).permutation(len(records))
         return [records[index] for index in order], dropped

@@ -79,8 +79,7 @@ def predict(
     topk = batch.topk
     nothing = batch.targets[:0]
     rows, ids = (nothing, nothing) if topk is None else (topk.teacher.positions, topk.ids)
-    values = _Predict.apply(logits, batch.targets, rows, ids)  # type: ignore[no-untyped-call]
-    sampled, entries, tail, logsumexp, entropy = values
+    sampled, entries, tail, logsumexp, entropy = _Predict.apply(logits, batch.targets, rows, ids)  # type: ignore[no-untyped-call]
     return Predictions(
         sampled=sampled,
         topk=None if topk is None else Categories(logprobs=entries, tail=tail, positions=rows),

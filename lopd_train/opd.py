@@ -92,13 +92,12 @@ def train_opd(
 
 def _feed(artifact: Artifact, reads: Limits, config: TrainConfig) -> Feed:
     """The rollouts of an artifact, which has everything that these settings read."""
-    whole = config.objective != "sampled"  # trains on the whole stored distribution
-    if not artifact.view.has_topk and (whole or config.eval_fraction > 0):
+    if not artifact.view.has_topk and (config.objective != "sampled" or config.eval_fraction > 0):
         raise InputError(
             f"`{artifact.place}` is a copy without top-k, so reverse KL cannot be computed",
             hint="pull the whole artifact, or pass `--objective sampled --eval-fraction 0`",
         )
-    feed = Feed(artifact_source(artifact), reads, config=config, topk=whole)
+    feed = Feed(artifact_source(artifact), reads, config=config)
     settings = ("correction", "ratio_clip", "reference_kl_weight")
     used = [name for name in settings if getattr(config, name) not in ("none", None, 0)]
     if used and not feed.has_reference:

@@ -198,7 +198,7 @@ def test_a_copy_of_some_parts_is_trained_on_with_the_rows_of_the_whole(artifact:
 
 
 def test_topk_that_training_does_not_need_stays_with_the_held_out_rollouts(artifact: Path) -> None:
-    made = Feed(artifact_source(lopd_store.open(artifact)), LIMITS, config=TrainConfig(), topk=False)
+    made = Feed(artifact_source(lopd_store.open(artifact)), LIMITS, config=TrainConfig(objective="sampled"))
     (records, _), *_ = made.steps(Cursor(), batch=4, count=1)
     assert all(item.topk is None for item in records)
     assert all(item.topk is not None for item in made.held_out)
