@@ -126,14 +126,16 @@ def plan(
     coverage: Annotated[float, typer.Option(metavar="P", help="As for `build`.")] = 0.99,
     exact: Annotated[bool, typer.Option("--exact", help="As for `build`.")] = False,
     no_text: Annotated[bool, typer.Option("--no-text", help="As for `build`.")] = False,
-    engine: Annotated[str, typer.Option(metavar="ENGINE", help="As for `build`.")] = "transformers",
+    engine: Annotated[Engine, typer.Option(metavar="ENGINE", help="As for `build`.")] = Engine.transformers,
     server: Annotated[str | None, typer.Option(metavar="URL", help="As for `build`.")] = None,
     reference_server: Annotated[str | None, typer.Option(metavar="URL", help="As for `build`.")] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="As for `build`.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(metavar="DTYPE", help="As for `build`.")] = Dtype.float32,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="As for `build`.")] = None,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="As for `build`.")] = 1,
     batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="As for `build`.")] = 4096,
-    on_bad_rollout: Annotated[str, typer.Option(metavar="fail|skip", help="As for `build`.")] = "skip",
+    on_bad_rollout: Annotated[
+        OnBadRollout, typer.Option(metavar="fail|skip", help="As for `build`.")
+    ] = OnBadRollout.skip,
     json: Json = False,
 ) -> None:
     """Say from a few rollouts what a build will cost and give: hours, bytes, mass for each k."""
@@ -148,14 +150,14 @@ def plan(
             coverage=coverage,
             exact=exact,
             text=not no_text,
-            engine=engine,
+            engine=engine.value,
             server=server,
             reference_server=reference_server,
-            dtype=dtype,
+            dtype=dtype.value,
             device=device,
             threads=threads,
             batch_tokens=batch_tokens,
-            on_bad_rollout=on_bad_rollout,
+            on_bad_rollout=on_bad_rollout.value,
             on_surveyed=surveyed.update,
         )
     if json:

@@ -62,4 +62,4 @@ def no_artifact(path: Path) -> InputError:
 
 def building_directory(output: Path) -> Path:
     """Where the build in progress of `output` lives until it is sealed."""
-    return output.with_name(output.name + BUILDING_SUFFIX)
+    return output.parent / f"{output.name}{BUILDING_SUFFIX}"  # `.` and `/` have no name

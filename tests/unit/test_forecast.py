@@ -71,3 +71,10 @@ def test_the_command_says_the_same_in_words_and_in_json(options: dict[str, Any])
     assert "one worker" in said.stdout and "on the Hub" in said.stdout
     shown = [line.split()[0] for line in said.stdout.splitlines()[-5:]]
     assert shown == [str(choice["k_max"]) for choice in told.json["choices"]] == ["2", "4", "8", "16", "32"]
+
+
+@pytest.mark.parametrize(("option", "value"), [("engine", "tensorrt"), ("dtype", "fp16"), ("on-bad-rollout", "ignore")])
+def test_a_plan_takes_the_choices_of_a_build_and_no_other(options: dict[str, Any], option: str, value: str) -> None:
+    words = ("plan", "--teacher", options["teacher"], "--rollouts", options["rollouts"], f"--{option}", value)
+    ran = run_command("lopd-store", *words)
+    assert ran.code == 2 and f"error: Invalid value for '--{option}': " in ran.stderr

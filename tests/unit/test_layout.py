@@ -23,3 +23,8 @@ def test_the_files_of_a_part_have_their_names(kind: str, path: str) -> None:
 
 def test_a_build_in_progress_lies_beside_its_output() -> None:
     assert layout.building_directory(Path("a/b.c")) == Path("a/b.c.building")
+
+
+@pytest.mark.parametrize("path", [".", "/"])
+def test_a_directory_without_a_name_is_no_artifact_either(path: str) -> None:
+    assert str(layout.no_artifact(Path(path))).startswith(f"no artifact at `{path}`")
