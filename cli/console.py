@@ -6,6 +6,7 @@ decoration: without it nothing is lost. What comes from files of others is print
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -52,8 +53,12 @@ def run(app: typer.Typer, *, at_once: bool = False) -> NoReturn:
     except TyperException as error:
         code = _fail_usage(error)
     except (OSError, MemoryError) as error:
-        fail(LopdError(str(error) or type(error).__name__))
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        hint = "make room and run the same command again" if full else None
+        fail(LopdError(str(error) or type(error).__name__, hint=hint))
         code = 3
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
     if code == _INTERRUPTED:
         note("interrupted; run the same command again, and it goes on where it can")
     if at_once:

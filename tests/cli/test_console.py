@@ -53,15 +53,37 @@ def run_raising(error: BaseException) -> Ran:
         (InputError("not so", hint="but so"), 2, "error: not so\n\nhint: but so\n"),
         (UnavailableError("no answer"), 3, "error: no answer\n"),
         (LopdError("[red]not markup[/] \x1b[31mnot colour"), 1, "error: [red]not markup[/] \\x1b[31mnot colour\n"),
-        (OSError(28, "No space left on device", "parts"), 3, "error: [Errno 28] No space left on device: 'parts'\n"),
+        (OSError(13, "Permission denied", "parts"), 3, "error: [Errno 13] Permission denied: 'parts'\n"),
+        (
+            OSError(28, "No space left on device", "parts"),
+            3,
+            "error: [Errno 28] No space left on device: 'parts'\n\nhint: make room and run the same command again\n",
+        ),
         (MemoryError(), 3, "error: MemoryError\n"),
         (typer.Exit(1), 1, ""),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again, and it goes on where it can\n"),
     ],
-    ids=["artifact", "data", "input", "unavailable", "markup", "disk", "memory", "exit", "interrupt"],
+    ids=["artifact", "data", "input", "unavailable", "markup", "permission", "disk", "memory", "exit", "interrupt"],
 )
 def test_every_error_has_its_exit_code_and_its_text_on_stderr(error: BaseException, code: int, text: str) -> None:
     assert run_raising(error) == Ran(code=code, stdout="", stderr=text)
+
+
+def test_ctrl_c_before_the_command_begins_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(app: typer.Typer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(typer.main, "get_command", interrupt)
+    assert (ran := run_raising(AssertionError())).code == 130 and ran.stderr.startswith("interrupted; ")
+
+
+@pytest.mark.parametrize("program", ["store", "train"])
+def test_ctrl_c_while_libraries_are_imported_is_no_traceback(program: str, tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    begin = f"from lopd_cli import entry; entry.{program}()"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", begin], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_bug_keeps_its_traceback() -> None:
