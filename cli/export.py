@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-ArtifactArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's directory.")]
+ArtifactArgument = Annotated[str, typer.Argument(metavar="DIR", help="The artifact's directory.")]
 FileOption = Annotated[Path, typer.Option("--output", metavar="FILE", help="The file to make, NAME.parquet.")]
 DirectoryOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="The directory to make.")]
 KOption = Annotated[
@@ -96,7 +96,7 @@ def axolotl(
 
 
 def _export(
-    format: Format, artifact: Path, output: Path, student: str | None, allowed: list[str], json: bool, **options: Any
+    format: Format, artifact: str, output: Path, student: str | None, allowed: list[str], json: bool, **options: Any
 ) -> None:
     identity = identify_student(student)
     with (

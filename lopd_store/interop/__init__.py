@@ -82,6 +82,8 @@ def export(
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
     target = _target(opened, format, k, tokenizer, on_bad_rollout)
+    if target.files is None and output.suffix != ".parquet":
+        raise InputError(f"`{output}` is not a name for a table", expected="a name that ends in .parquet")
     verdict = gate.judge(opened.manifest.inputs, student)
     overridden = gate.enforce(verdict, overrides)
     record = {

@@ -171,6 +171,11 @@ class TestBadInput:
         with pytest.raises(InputError, match="is not on this machine"):
             lopd_store.export("hf://acme/art", "trl", output=tmp_path / "rows.parquet")
 
+    def test_a_table_has_the_name_of_one(self, mixed: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"rows\.csv` is not a name for a table\n  expected  .*\.parquet"):
+            lopd_store.export(mixed, "trl", output=tmp_path / "rows.csv")
+        assert not list(tmp_path.glob("rows*"))
+
     def test_another_format_is_refused(self, mixed: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="there is no format `gguf`"):
             lopd_store.export(mixed, "gguf", output=tmp_path / "rows")  # type: ignore[arg-type]
@@ -197,6 +202,10 @@ class TestCommand:
         assert ran.stderr == "note: rollouts left out: 2\n"
         ran = run_command("lopd-store", "export", "trl", mixed, "--output", tmp_path / "b.parquet", "--json")
         assert ran.json["rollouts"] == len(KEPT) and ran.json["record"]["verdict"] == "consistent"
+
+    def test_an_address_is_said_as_it_was_typed(self) -> None:
+        ran = run_command("lopd-store", "export", "trl", "hf://acme/art", "--output", "rows.parquet")
+        assert ran.code == 2 and ran.stderr.startswith("error: `hf://acme/art` is not on this machine\n")
 
     def test_the_gate_refuses_with_exit_code_1_and_names_the_way_around_it(
         self, unknown: Path, student_dir: Path, tmp_path: Path
