@@ -201,7 +201,11 @@ def make_key(name: str | Path) -> str:
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
     text = _text_of(key.public_key())
     _write_new(private, key.private_bytes(*form), 0o600)
-    _write_new(public, f"{text}\n".encode(), 0o644)
+    try:
+        _write_new(public, f"{text}\n".encode(), 0o644)
+    except OSError:
+        private.unlink()
+        raise
     return text
 
 
@@ -274,9 +278,13 @@ def _read_key(path: Path) -> bytes:
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink()  # half a key is none, and in the way of the next
+            raise
 
 
 def _require_cryptography() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -269,6 +271,18 @@ def test_a_new_key_overwrites_nothing(tmp_path: Path, name: str, link: bool) -> 
         make_key(tmp_path / "mine")
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert link or (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("full_at", ["mine", "mine.pub"])
+def test_a_full_disk_leaves_no_half_of_a_key(tmp_path: Path, full_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == full_at:
+            raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="no room"):
+        make_key(tmp_path / "mine")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.OpenSSH])
