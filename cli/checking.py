@@ -155,9 +155,10 @@ def audit(
         console.answer(found.to_json())
     else:
         overall, (low, high) = found.overall, found.overall.interval
+        verdict = "too little to compare" if found.verdict == "too little" else found.verdict
         console.table(
             [
-                ("verdict", f"{found.verdict} with samples of {found.model.name}"),
+                ("verdict", f"{verdict} with samples of {found.model.name}"),
                 ("z", f"{overall.z:.2f}  (p {overall.p_value:.2g})"),
                 ("effect", f"{overall.effect:+.4f} nat per token  (95 %: {low:+.4f} to {high:+.4f})"),
                 ("positions", f"{overall.positions:,}, of which {overall.outside:,} could not have been drawn"),

@@ -55,7 +55,9 @@ def generate(
     prompts: Annotated[Path, typer.Option(metavar="FILE", help="JSONL, JSON or Parquet with `prompt` or `messages`.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The rollouts to write, NAME.parquet.")],
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first prompts.")] = None,
-    n: Annotated[int, typer.Option("--n", metavar="N", help="Responses per prompt.", rich_help_panel=SAMPLING)] = 1,
+    n: Annotated[
+        int, typer.Option("--n", metavar="N", min=1, help="Responses per prompt.", rich_help_panel=SAMPLING)
+    ] = 1,
     temperature: Annotated[
         float, typer.Option(metavar="T", help="1 is the model itself; 0 is greedy.", rich_help_panel=SAMPLING)
     ] = 1.0,

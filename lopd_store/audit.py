@@ -220,5 +220,9 @@ def _sampling(file: RolloutsFile, temperature: float | None, top_p: float | None
             hint="name it to `audit` or `record`: `--temperature 1 --top-p 1` for plain sampling",
         )
     if not 0 <= temperature <= 100 or not 0 < top_p <= 1:
-        raise InputError("sampling parameters are out of range", actual=f"temperature {temperature}, top-p {top_p}")
+        raise InputError(
+            "sampling parameters are out of range",
+            expected="a temperature of 0 to 100, a top-p above 0 and at most 1",
+            actual=f"temperature {temperature}, top-p {top_p}",
+        )
     return float(temperature), float(top_p)

@@ -105,7 +105,8 @@ class RolloutsFile:
             # Else pyarrow holds all that it is going to read of a file, or of a row group, in memory.
             self._file = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         except pa.ArrowInvalid as error:
-            raise DataError(f"`{path}` is not a Parquet file: {error}") from error
+            hint = "rollouts and SFT data are written by `lopd-store generate`"
+            raise DataError(f"`{path}` is not a Parquet file: {error}", hint=hint) from error
         self.columns = frozenset(self._file.schema_arrow.names)
         if missing := [name for name in _REQUIRED if name not in self.columns]:
             raise DataError(

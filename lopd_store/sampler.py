@@ -154,15 +154,15 @@ def _row(tokenizer: Any, prompt: Prompt, response: Response) -> dict[str, Any]:
 def _sampling(
     temperature: float, top_p: float, max_response_tokens: int, samples: int, seed: int, stop: Sequence[str]
 ) -> Sampling:
-    for name, value, fits in (
-        ("temperature", temperature, 0 <= temperature <= 100),
-        ("top_p", top_p, 0 < top_p <= 1),
-        ("max_response_tokens", max_response_tokens, 1 <= max_response_tokens <= 1 << 20),
-        ("samples_per_prompt", samples, 1 <= samples <= 1 << 16),
-        ("seed", seed, 0 <= seed < 1 << 63),
+    for name, value, fits, expected in (
+        ("temperature", temperature, 0 <= temperature <= 100, "0 to 100"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+        ("max_response_tokens", max_response_tokens, 1 <= max_response_tokens <= 1 << 20, f"1 to {1 << 20}"),
+        ("samples_per_prompt", samples, 1 <= samples <= 1 << 16, f"1 to {1 << 16}"),
+        ("seed", seed, 0 <= seed < 1 << 63, "0 to 2^63 - 1"),
     ):
         if not fits:
-            raise InputError(f"`{name}` is out of range", actual=value)
+            raise InputError(f"`{name}` is out of range", expected=expected, actual=value)
     if len(stop) > MAX_STOPS or not all(1 <= len(text) <= MAX_STOP_LENGTH for text in stop):
         expected = f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters"
         raise InputError("`stop` is out of range", expected=expected, actual=repr(list(stop))[:100])

@@ -257,7 +257,7 @@ def test_an_output_that_exists_is_never_overwritten(student_dir: Path, prompts_f
         (("--temperature", -1), "`temperature` is out of range"),
         (("--top-p", 0), "`top_p` is out of range"),
         (("--max-response-tokens", 0), "`max_response_tokens` is out of range"),
-        (("--n", 0), "`samples_per_prompt` is out of range"),
+        (("--n", 0), "Invalid value for '--n'"),
         (("--limit", 0), "Invalid value for '--limit'"),
         (("--batch-size", 0), "Invalid value for '--batch-size'"),
         (("--dtype", "int8"), "Invalid value for '--dtype'"),

@@ -106,7 +106,7 @@ def test_ids_of_another_tokenizer_are_refused_with_their_row(teacher_dir: Path, 
     [
         ({"output": "r.parquet"}, "exists"),
         ({"output": "out.jsonl"}, "is not a name for rollouts"),
-        ({"temperature": -1.0}, "`temperature` is out of range"),
+        ({"temperature": -1.0}, "`temperature` is out of range\n  expected  0 to 100"),
         ({"top_p": 0.0}, "`top_p` is out of range"),
         ({"prompts": "lost.jsonl"}, "no prompts at `lost.jsonl`"),
     ],

@@ -176,7 +176,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     path = save_table(tmp_path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(DataError, match="is not a Parquet file"):
+    with pytest.raises(DataError, match=r"(?s)is not a Parquet file.*hint: .*`lopd-store generate`"):
         RolloutsFile(path)
 
 

@@ -218,7 +218,7 @@ def test_progress_ends_with_every_response_and_token(student_dir: Path, prompts:
     ],
 )
 def test_an_option_out_of_range_is_named(student_dir: Path, prompts: Path, options: dict[str, Any], name: str) -> None:
-    with pytest.raises(InputError, match=f"`{name}` is out of range"):
+    with pytest.raises(InputError, match=f"`{name}` is out of range\n  expected  .*1"):
         generate(student_dir, prompts, **options)
 
 
