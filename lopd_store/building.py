@@ -23,7 +23,7 @@ from typing import Any
 from lopd_store import layout, plots, strictjson
 from lopd_store.card import render_card
 from lopd_store.digest import digest_bytes
-from lopd_store.durable import remove_unfinished, sync_directory, write_durably
+from lopd_store.durable import NO_LOCKS, remove_unfinished, sync_directory, write_durably
 from lopd_store.errors import DataError, InputError, LopdError, UnavailableError
 from lopd_store.manifest import Manifest, render, total
 from lopd_store.noise import Noise
@@ -129,7 +129,7 @@ def locked(building: Path, share: Share | None = None) -> Iterator[None]:
                 hint="wait for it, or stop it: a build that was killed leaves no lock",
             ) from error
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in NO_LOCKS:
                 raise  # else a file system without locks: two builders would make the same bytes twice
         own.truncate(0)
         own.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}")

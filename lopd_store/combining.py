@@ -17,7 +17,7 @@ from typing import NoReturn
 from lopd_store import layout, reader, sources, strictjson
 from lopd_store import manifest as manifests
 from lopd_store.building import SKIPPED, write_card
-from lopd_store.durable import becoming, link_or_copy, write_durably
+from lopd_store.durable import link_or_copy, making, write_durably
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.identity import TOKENIZER_FIELDS
 from lopd_store.manifest import Inputs, Manifest
@@ -48,7 +48,7 @@ def combine(
     inputs = [_named(one, domain) for one, (domain, _) in zip(opened, named, strict=True)]
     data = manifests.render(_manifest(opened, inputs))
     manifest = manifests.parse(data)  # the writer's own check
-    with becoming(output) as combining:
+    with making(output) as combining:
         (combining / layout.PARTS).mkdir(parents=True)
         _link_parts(opened, combining)
         write_durably(combining / layout.BUILD_RECORD, strictjson.pretty(_happened(opened)))

@@ -11,20 +11,18 @@ of each part as soon as they are there, beside the download of the next. What th
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from lopd_store import layout, signatures, sources
 from lopd_store.cache import cache_directory
 from lopd_store.catalog import locate
 from lopd_store.digest import is_digest
-from lopd_store.durable import sync_directory, write_durably
+from lopd_store.durable import alone, sync_directory, write_durably
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.hub import tag_of
 from lopd_store.listing import check_listing
@@ -86,7 +84,7 @@ def pull(
         if output is None and target.exists():
             return open(target)
         pulling = target.with_name(target.name + layout.PULLING_SUFFIX)
-        with _alone(pulling):
+        with alone(pulling):
             if not target.exists():
                 _start_or_resume(pulling, f"{source.state} {view.to_json(remote.fingerprint)}")
                 _pull(source, remote, view, signed, pulling, on_download, on_bytes)
@@ -116,22 +114,6 @@ def _pull(
         with _downloads(source, remote.manifest, view, pulling, on_download) as arriving:
             verify(pulling, values=False, on_bytes=on_bytes, arriving=arriving).require_ok()
     shutil.rmtree(pulling / _CLIENT_NOTES)
-
-
-@contextmanager
-def _alone(pulling: Path) -> Iterator[None]:
-    """Wait until nobody else pulls to there. The lock is the system's, so a pull that was killed leaves none."""
-    path = pulling.with_name(pulling.name + ".lock")
-    while True:
-        with path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file.fileno(), path):
-                continue  # who had it has removed the file since, and somebody else may lock a new one
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
 
 
 @contextmanager
@@ -172,13 +154,6 @@ def _arriving(view: View, coming: Mapping[str, Future[None]]) -> Iterator[int]:
             if (future := coming.get(layout.part_file(number, kind))) is not None:
                 future.result()
         yield number
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an opened file is still the one of this name."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    return False
 
 
 class _Stopped(BaseException):

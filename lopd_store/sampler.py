@@ -123,6 +123,9 @@ def generate(
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     with Journal(output.with_name(f"{output.name}.generating"), settings) as journal:
+        if output.exists():  # since the model was loaded: another run has just written it
+            journal.remove()
+            raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
         # Whole batches only: the last bits of a log-prob depend on who else is in the batch.
         journal.keep(len(journal) if len(journal) == total else len(journal) // batch_size * batch_size)
         count(map(Response.from_json, journal.rows()))

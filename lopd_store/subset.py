@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from lopd_store import layout, reader, sources, strictjson
-from lopd_store.durable import link_or_copy, sync_directory, write_durably
+from lopd_store.durable import link_or_copy, making, write_durably
 from lopd_store.errors import ArtifactError, InputError
 from lopd_store.verifier import OnBytes, verify
 from lopd_store.view import View
 
 Only = Literal["sampled"]
-_SUFFIX = ".copying"
 
 
 def subset(
@@ -39,10 +38,8 @@ def subset(
     if output.exists():
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
     chosen = choose(artifact.view, only, parts)
-    copying = output.with_name(output.name + _SUFFIX)
-    shutil.rmtree(copying, ignore_errors=True)
-    (copying / layout.PARTS).mkdir(parents=True)
-    try:
+    with making(output) as copying:
+        (copying / layout.PARTS).mkdir(parents=True)
         for name in chosen.files():
             if not (artifact.path / name).is_file():
                 raise ArtifactError(f"`{name}` is missing", hint=f"lopd-store verify {artifact.path}")
@@ -53,10 +50,6 @@ def subset(
         if not chosen.is_whole(artifact.manifest):
             write_view(copying, chosen, artifact.fingerprint)
         verify(copying, on_bytes=on_bytes).require_ok()
-        copying.rename(output)
-    finally:
-        shutil.rmtree(copying, ignore_errors=True)
-    sync_directory(output.parent)
     return reader.open(output)
 
 

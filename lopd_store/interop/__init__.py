@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lopd_store import gate, reader, sources, strictjson
-from lopd_store.durable import becoming
+from lopd_store.durable import making
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity
 from lopd_store.interop import axolotl, distillkit, lightning_opd, trl
@@ -97,7 +97,7 @@ def export(
         **_lineage(opened),
     }
     verify(opened.path, on_bytes=on_bytes).require_ok()
-    with becoming(output) as unfinished:
+    with making(output) as unfinished:
         written = _write(opened, target, unfinished, record, on_positions)
         size = sum(file.stat().st_size for file in [unfinished, *unfinished.rglob("*")] if file.is_file())
     zeros = f"{target.zeros}, and {written.with_zeros:,} of {written.rollouts:,} rollouts have zeros in theirs"

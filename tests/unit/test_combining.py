@@ -217,6 +217,6 @@ def test_an_interrupt_leaves_nothing_and_a_kill_nothing_that_stays(tmp_path: Pat
     script = f"import os, sys; from lopd_store import combine; {killed}"
     done = subprocess.run([sys.executable, "-c", script, NAMED, PLAIN, tmp_path / "both"], timeout=120, check=False)
     assert done.returncode == 9
-    assert [path.name for path in tmp_path.iterdir()] == ["both.unfinished"]
+    assert {path.name for path in tmp_path.iterdir()} == {"both.unfinished", "both.unfinished.lock"}
     assert combine(NAMED, ("code", PLAIN), output=tmp_path / "both").path.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["both"]

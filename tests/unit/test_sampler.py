@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lopd_store
-from lopd_store import models
+from lopd_store import models, sampler, samplers
 from lopd_store.errors import DataError, InputError
 from lopd_store.provenance import Sampling
 from lopd_store.rollouts import Rollout, RolloutsFile
@@ -236,6 +236,20 @@ def test_an_output_that_exists_is_left_alone(student_dir: Path, prompts: Path) -
     with pytest.raises(InputError, match=r"rollouts\.parquet` exists"):
         generate(student_dir, prompts)
     assert prompts.with_name("rollouts.parquet").read_text() == "mine"
+
+
+def test_an_output_that_another_run_has_just_written_is_left_alone(
+    student_dir: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any, **options: Any) -> Any:
+        prompts.with_name("rollouts.parquet").write_text("another's")
+        return samplers.load(*arguments, **options)
+
+    monkeypatch.setattr(sampler, "load", load)
+    with pytest.raises(InputError, match=r"rollouts\.parquet` exists"):
+        generate(student_dir, prompts)
+    assert prompts.with_name("rollouts.parquet").read_text() == "another's"
+    assert sorted(path.name for path in prompts.parent.iterdir()) == ["prompts.jsonl", "rollouts.parquet"]
 
 
 def test_an_output_of_another_kind_is_refused(student_dir: Path, prompts: Path) -> None:

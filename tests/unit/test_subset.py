@@ -133,8 +133,8 @@ def test_a_copy_that_is_interrupted_leaves_nothing(
 
 
 def test_what_another_copy_left_behind_is_not_taken_over(sealed: Path, tmp_path: Path) -> None:
-    (tmp_path / "copy.copying" / "parts").mkdir(parents=True)
-    (tmp_path / "copy.copying" / "parts" / "evil").touch()
+    (tmp_path / "copy.unfinished" / "parts").mkdir(parents=True)
+    (tmp_path / "copy.unfinished" / "parts" / "evil").touch()
     subset(sealed, output=tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     assert lopd_store.verify(tmp_path / "copy").ok
