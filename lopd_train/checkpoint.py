@@ -101,9 +101,8 @@ def check_output(output: Path) -> None:
         )
 
 
-def begin(run: Run, output: Path, world: World) -> Path:
-    """The directory that the run works in, new or of the same run interrupted; another run's is refused."""
-    directory = output.with_name(output.name + ".training")
+def begin(run: Run, directory: Path, world: World) -> None:
+    """Make the directory ready for the run, new or the same one interrupted; another one's is refused."""
     path, wanted = directory / RUN_FILE, run.to_json()
     if path.is_file():
         found = dict(_flat(strictjson.loads(path.read_bytes(), where=str(path))))
@@ -120,7 +119,6 @@ def begin(run: Run, output: Path, world: World) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         write_durably(path, strictjson.pretty({**wanted, "versions": _versions()}))
     world.gather(None)
-    return directory
 
 
 def save_state(

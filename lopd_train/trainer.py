@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from lopd_store.durable import alone
 from lopd_store.errors import DataError, InputError
 from lopd_train import checkpoint, measures
 from lopd_train.batches import Batch, Record, collate, micro_batches
@@ -54,9 +55,9 @@ class RunResult:
 
 def fit(run: Run, terms: Sequence[Term], output: Path, on_progress: OnProgress | None = None) -> RunResult:
     """Do a run, or what is left of it, and leave the trained model in `output`."""
-    config, gpus = run.config, range(torch.cuda.device_count())
+    config, directory = run.config, output.with_name(output.name + ".training")
     assert config.device is not None
-    with joined(config.device) as world, torch.random.fork_rng(devices=gpus):
+    with joined(config.device) as world, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         if config.batch_rollouts % world.size:
             raise InputError(
                 f"the rollouts of a step do not divide by {world.size} processes",
@@ -66,10 +67,11 @@ def fit(run: Run, terms: Sequence[Term], output: Path, on_progress: OnProgress |
             )
         torch.manual_seed(config.seed)
         student = load(run.model, config, world)
-        directory = checkpoint.begin(run, output, world)
-        trainer = Trainer(student, terms, directory, on_progress if world.is_first else None)
-        trainer.train()
-        checkpoint.finish(run, student, directory, output)
+        with alone(directory, wait=False) if world.is_first else nullcontext():
+            checkpoint.begin(run, directory, world)
+            trainer = Trainer(student, terms, directory, on_progress if world.is_first else None)
+            trainer.train()
+            checkpoint.finish(run, student, directory, output)
     evaluations = list(trainer.log.evaluations.values()) or [{}]
     return RunResult(output=output, steps=trainer.step, first_eval=evaluations[0], last_eval=evaluations[-1])
 

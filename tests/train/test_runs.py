@@ -245,6 +245,20 @@ def test_an_output_that_exists_is_refused_and_a_finished_run_with_a_hint(
         lopd_train.train(artifact=artifact, student=reference, output=tmp_path, config=config)
 
 
+def test_a_second_run_to_the_same_output_is_refused_and_disturbs_nothing(
+    artifact: Path, reference: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"artifact": artifact, "student": reference, "output": tmp_path / "opd"}
+
+    def begin_another() -> None:
+        with pytest.raises(InputError, match=r"another run works on `.*opd\.training`\n\nhint: wait for it"):
+            lopd_train.train(**arguments, config=config)
+
+    lopd_train.train(**arguments, config=config, on_progress=at_step(1, begin_another))
+    steps = [line["step"] for line in metrics(tmp_path / "opd")]
+    assert steps == sorted(steps) and [path.name for path in tmp_path.iterdir()] == ["opd"]
+
+
 # Resuming
 
 
