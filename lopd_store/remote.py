@@ -35,6 +35,11 @@ class Remote:
         except ImportError as error:
             raise InputError("object storage needs fsspec", hint='pip install "lopd[s3]"') from error
         self.address = address.rstrip("/")
+        if self.address.startswith("hf:"):
+            raise InputError(
+                f"`{address}` is on the Hub, where nothing is built",
+                hint="build into a directory, and `lopd-store push` it",
+            )
         if not self.address.partition("://")[2]:
             raise InputError(f"`{address}` has no name", expected="for example s3://bucket/name")
         try:

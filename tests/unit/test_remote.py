@@ -162,3 +162,8 @@ def test_storage_whose_client_has_errors_of_its_own_did_not_answer(
 def test_an_address_that_means_nothing_is_a_usage_error(options: dict[str, Any], address: str) -> None:
     with pytest.raises(InputError, match=r"cannot be opened|has no name"):
         lopd_store.publish(output=address, **options)
+
+
+def test_a_build_into_the_hub_is_a_push(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"is on the Hub, where nothing is built\n\nhint: .*`lopd-store push` it"):
+        lopd_store.publish(**options, output="hf://acme/art")
