@@ -3,7 +3,8 @@
     learning_rate = 2e-6
     betas = [0.9, 0.98]
 
-Every key is a setting of `TrainConfig` and has its type; flags override the file. Ready recipes are in configs/.
+Every key is a setting of `TrainConfig` and has its type; flags override the file. Recipes are in the
+repository's configs/.
 """
 
 from __future__ import annotations

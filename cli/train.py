@@ -34,7 +34,7 @@ ModelOption = Annotated[
 OutputOption = Annotated[Path, typer.Option(metavar="DIR", help="The model to make, as `save_pretrained` writes it.")]
 _WATCHED = ("loss", "reverse_kl", "advantage", "entropy", "coverage", "grad_norm", "effective_sample_size")
 ConfigOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="TOML with any of the settings below, as in configs/.")
+    Path | None, typer.Option(metavar="FILE", help="TOML with any of the settings below, a key each.")
 ]
 Track = Annotated[
     Tracker | None,

@@ -100,6 +100,18 @@ def test_every_package_is_installed() -> None:
     assert set(tools["packages"]) == found
 
 
+def test_every_file_that_a_package_reads_is_installed() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    listed = {
+        path
+        for package, patterns in tools["package-data"].items()
+        for pattern in patterns
+        for path in PACKAGES[package].glob(pattern)
+    }
+    beside = {path for folder in PACKAGES.values() for path in folder.rglob("*") if path.is_file()}
+    assert {path for path in beside - listed if path.suffix != ".py" and "__pycache__" not in path.parts} == set()
+
+
 def test_the_trainer_stays_small() -> None:
     lines = [line.strip() for path in PACKAGES["lopd_train"].glob("*.py") for line in path.read_text().splitlines()]
     assert sum(bool(line) and not line.startswith("#") for line in lines) < 1800
