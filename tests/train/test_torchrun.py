@@ -64,8 +64,10 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert line == pytest.approx(wanted, rel=1e-3, abs=1e-4)
     one, two = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (found, expected))
     assert one.keys() == two.keys()
+    # Adam divides a gradient by its own size, so where there is hardly any, rounding may turn a step of 1e-3.
     for name, value in one.items():
-        torch.testing.assert_close(value, two[name], rtol=0, atol=1e-4)
+        gaps = (value - two[name]).abs()
+        assert gaps.max() < 1e-3 and gaps.mean() < 5e-6, name
 
 
 MIXED = "--objective reverse_kl --gradient-checkpointing --sft-data SFT_DATA --sft-weight 0.5 --sft-rollouts 3"
