@@ -1,6 +1,6 @@
 """The build in numbers: the embedded engine beside the bare forward pass, what follows the teacher, memory, workers.
 
-    python benchmarks/build.py            # all of it, in five minutes; `make bench-build`
+    python benchmarks/build.py            # all of it, in ten minutes; `make bench-build`
     python benchmarks/build.py --small    # the first few rollouts, one turn; keeps no results
 
 The teacher is SmolLM2-135M-Instruct and its text HumanEval's solutions given as answers. Engine and forward pass take
@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def main() -> None:
             *measure_logits(scale),
         ]
         pin(cores)
-        rows += measure_workers(model, path, Path(scratch))
+        rows += measure_workers(model, path, Path(scratch), scale)
     text = f"{introduction(rollouts)}\n\n{table_of_rows(rows)}"
     print(text)
     if not options.small:
@@ -187,20 +188,24 @@ def look_plainly(blocks: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         torch.topk(torch.log_softmax(logits, dim=-1), K)
 
 
-def measure_workers(model: Path, path: Path, scratch: Path) -> Iterator[Row]:
-    """Builds by one worker on one core and by two on two, one thread each, from the first scores to the seal.
+def measure_workers(model: Path, path: Path, scratch: Path, scale: Scale) -> Iterator[Row]:
+    """Builds by one worker on one core and by two on two, in turn, one thread each, from the first scores to the seal.
 
     What comes before, mostly loading the teacher, is told beside it: it is the same however long a build is.
     """
-    cores, speeds = sorted(os.sched_getaffinity(0)), []
-    for workers in (1, 2):
-        pin(cores[:workers])
-        before, speed = time_build(model, path, scratch / f"by-{workers}", workers)
-        speeds.append(speed)
+    cores = sorted(os.sched_getaffinity(0))
+    taken: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    for turn in range(scale.repeats):
+        for workers, times in taken.items():
+            pin(cores[:workers])
+            times.append(time_build(model, path, scratch / f"by-{workers}-{turn}", workers))
+    pin(cores)
+    for workers, times in taken.items():
+        before, speed = map(median, zip(*times, strict=True))
         yield Row(what=f"build, workers: {workers}", value=speed, unit="positions/s")
         yield Row(what=f"seconds before its first scores, workers: {workers}", value=before, unit="s")
-    pin(cores)
-    yield Row(what="two workers beside one", value=speeds[1] / speeds[0], unit="times", target=1.8)
+    ratio = median(two / one for (_, one), (_, two) in zip(taken[1], taken[2], strict=True))
+    yield Row(what="two workers beside one", value=ratio, unit="times", target=1.8)
 
 
 def time_build(model: Path, path: Path, output: Path, workers: int) -> tuple[float, float]:
