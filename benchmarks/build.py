@@ -189,27 +189,30 @@ def look_plainly(blocks: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def measure_workers(model: Path, path: Path, scratch: Path, scale: Scale) -> Iterator[Row]:
-    """Builds by one worker on one core and by two on two, in turn, one thread each, from the first scores to the seal.
+    """Builds by one worker on one core and by two on two, in turn, one thread each, from the first scores to the last
+    part written.
 
-    What comes before, mostly loading the teacher, is told beside it: it is the same however long a build is.
+    What comes before, mostly loading the teacher, and after, the seal with its plots, is told beside it: this build
+    takes half a minute, and both are about the same however long one is.
     """
     cores = sorted(os.sched_getaffinity(0))
-    taken: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    taken: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
     for turn in range(scale.repeats):
         for workers, times in taken.items():
             pin(cores[:workers])
             times.append(time_build(model, path, scratch / f"by-{workers}-{turn}", workers))
     pin(cores)
     for workers, times in taken.items():
-        before, speed = map(median, zip(*times, strict=True))
+        before, speed, after = map(median, zip(*times, strict=True))
         yield Row(what=f"build, workers: {workers}", value=speed, unit="positions/s")
         yield Row(what=f"seconds before its first scores, workers: {workers}", value=before, unit="s")
-    ratio = median(two / one for (_, one), (_, two) in zip(taken[1], taken[2], strict=True))
+        yield Row(what=f"seconds to seal it, workers: {workers}", value=after, unit="s")
+    ratio = median(two[1] / one[1] for one, two in zip(taken[1], taken[2], strict=True))
     yield Row(what="two workers beside one", value=ratio, unit="times", target=1.8)
 
 
-def time_build(model: Path, path: Path, output: Path, workers: int) -> tuple[float, float]:
-    """Seconds before the first scores of a build, and positions per second from then on."""
+def time_build(model: Path, path: Path, output: Path, workers: int) -> tuple[float, float, float]:
+    """Seconds before the first scores of a build, positions per second until all are written, seconds from then on."""
     heard: list[tuple[float, Progress]] = []
     started = time.perf_counter()
     lopd_store.build(
@@ -223,7 +226,8 @@ def time_build(model: Path, path: Path, output: Path, workers: int) -> tuple[flo
     )
     ended = time.perf_counter()
     begun, first = next((when, progress) for when, progress in heard if progress.positions)
-    return begun - started, (first.all_positions - first.positions) / (ended - begun)
+    written, _ = heard[-1]
+    return begun - started, (first.all_positions - first.positions) / (written - begun), ended - written
 
 
 @dataclass
