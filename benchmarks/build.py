@@ -192,8 +192,8 @@ def measure_workers(model: Path, path: Path, scratch: Path, scale: Scale) -> Ite
     """Builds by one worker on one core and by two on two, in turn, one thread each, from the first scores to the last
     part written.
 
-    What comes before, mostly loading the teacher, and after, the seal with its plots, is told beside it: this build
-    takes half a minute, and both are about the same however long one is.
+    What comes before, mostly loading the teacher, and after, mostly the end of the processes, is told beside it: this
+    build takes half a minute, and both are about the same however long one is.
     """
     cores = sorted(os.sched_getaffinity(0))
     taken: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
@@ -206,7 +206,7 @@ def measure_workers(model: Path, path: Path, scratch: Path, scale: Scale) -> Ite
         before, speed, after = map(median, zip(*times, strict=True))
         yield Row(what=f"build, workers: {workers}", value=speed, unit="positions/s")
         yield Row(what=f"seconds before its first scores, workers: {workers}", value=before, unit="s")
-        yield Row(what=f"seconds to seal it, workers: {workers}", value=after, unit="s")
+        yield Row(what=f"seconds to end and seal, workers: {workers}", value=after, unit="s")
     ratio = median(two[1] / one[1] for one, two in zip(taken[1], taken[2], strict=True))
     yield Row(what="two workers beside one", value=ratio, unit="times", target=1.8)
 
