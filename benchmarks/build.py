@@ -1,6 +1,6 @@
 """The build in numbers: the embedded engine beside the bare forward pass, what follows the teacher, memory, workers.
 
-    python benchmarks/build.py            # all of it, in ten minutes; `make bench-build`
+    python benchmarks/build.py            # all of it, in twenty minutes; `make bench-build`
     python benchmarks/build.py --small    # the first few rollouts, one turn; keeps no results
 
 The teacher is SmolLM2-135M-Instruct and its text HumanEval's solutions given as answers. Engine and forward pass take
@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import multiprocessing
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -46,7 +49,7 @@ from lopd_store.teachers.transformers import TransformersTeacher, batches, score
 HERE = Path(__file__).parent
 BATCH_TOKENS = 2048
 K = 64
-PARTS = 16  # of the artifact that workers build
+PART_ROLLOUTS = 4  # on average, of the artifact that workers build
 WIDTHS = (49_152, 151_936)  # of SmolLM2 and of Qwen3
 
 
@@ -59,7 +62,7 @@ class Scale:
     repeats: int
 
 
-FULL, SMALL = Scale(rollouts=12, built=64, repeats=3), Scale(rollouts=2, built=8, repeats=1)
+FULL, SMALL = Scale(rollouts=12, built=128, repeats=3), Scale(rollouts=2, built=8, repeats=1)
 
 
 def main() -> None:
@@ -82,6 +85,7 @@ def main() -> None:
             *measure_logits(scale),
         ]
         pin(cores)
+        rows += measure_cores(model, rollouts, scale)
         rows += measure_workers(model, path, Path(scratch), scale)
     text = f"{introduction(rollouts)}\n\n{table_of_rows(rows)}"
     print(text)
@@ -188,12 +192,50 @@ def look_plainly(blocks: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         torch.topk(torch.log_softmax(logits, dim=-1), K)
 
 
+def measure_cores(model: Path, rollouts: list[Rollout], scale: Scale) -> Iterator[Row]:
+    """What a second core adds on this machine where nothing is shared or handed out: bare forward passes alone."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(len(cores))
+    with ExitStack() as stack:
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, context, begin_on_core, (core, model, together)))
+            for core in cores
+        ]
+        times: list[tuple[float, float]] = []
+        for _ in range(scale.repeats):
+            alone = pools[0].submit(time_forward, rollouts, False).result()
+            both = [pool.submit(time_forward, rollouts, True) for pool in pools]
+            times.append((alone, max(one.result() for one in both)))
+    ratio = median(2 * alone / both for alone, both in times)
+    yield Row(what="bare forward passes on two cores beside one", value=ratio, unit="times")
+
+
+_process: dict[str, Any] = {}  # what a process of `measure_cores` keeps
+
+
+def begin_on_core(core: int, model: Path, together: Any) -> None:
+    """Load the model into a process that has one core."""
+    pin([core])
+    torch.set_num_threads(1)
+    _process.update(model=models.load_model(models.find(model)), together=together)
+
+
+def time_forward(rollouts: list[Rollout], together: bool) -> float:
+    """Seconds of the bare forward pass, begun with the other process where `together`."""
+    if together:
+        _process["together"].wait()
+    started = time.perf_counter()
+    forward(_process["model"], rollouts)
+    return time.perf_counter() - started
+
+
 def measure_workers(model: Path, path: Path, scratch: Path, scale: Scale) -> Iterator[Row]:
     """Builds by one worker on one core and by two on two, in turn, one thread each, from the first scores to the last
     part written.
 
     What comes before, mostly loading the teacher, and after, mostly the end of the processes, is told beside it: this
-    build takes half a minute, and both are about the same however long one is.
+    build takes a minute or two, and both are about the same however long one is.
     """
     cores = sorted(os.sched_getaffinity(0))
     taken: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
@@ -214,6 +256,7 @@ def measure_workers(model: Path, path: Path, scratch: Path, scale: Scale) -> Ite
 def time_build(model: Path, path: Path, output: Path, workers: int) -> tuple[float, float, float]:
     """Seconds before the first scores of a build, positions per second until all are written, seconds from then on."""
     heard: list[tuple[float, Progress]] = []
+    lengths = RolloutsFile(path).response_lengths
     started = time.perf_counter()
     lopd_store.build(
         teacher=model,
@@ -221,7 +264,7 @@ def time_build(model: Path, path: Path, output: Path, workers: int) -> tuple[flo
         output=output,
         workers=workers,
         batch_tokens=BATCH_TOKENS,
-        part_positions=max(1, int(RolloutsFile(path).response_lengths.sum()) // PARTS),
+        part_positions=max(1, PART_ROLLOUTS * int(lengths.sum()) // len(lengths)),
         on_progress=lambda progress: heard.append((time.perf_counter(), progress)),
     )
     ended = time.perf_counter()

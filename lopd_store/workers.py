@@ -252,8 +252,8 @@ def _score_in_processes(
             hint="run the same command again, with fewer `--workers` or a smaller `--batch-tokens`",
         ) from error
     finally:
-        for pool in pools:
-            pool.shutdown(wait=True, cancel_futures=True)
+        with ThreadPoolExecutor(workers) as ending:  # at once: a process takes more than a second to end
+            list(ending.map(lambda pool: pool.shutdown(cancel_futures=True), pools))
 
 
 @contextmanager
