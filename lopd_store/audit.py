@@ -18,6 +18,7 @@ import numpy as np
 from lopd_store.digest import digest_file
 from lopd_store.errors import DataError, InputError
 from lopd_store.identity import ModelIdentity, identify
+from lopd_store.provenance import require_sampling_ranges
 from lopd_store.rollouts import Rollout, RolloutsFile
 from lopd_store.statistic import SftAudit, Statistic, Verdict, add_up
 
@@ -219,10 +220,5 @@ def _sampling(file: RolloutsFile, temperature: float | None, top_p: float | None
             f"`{file.path}` does not say how it was sampled",
             hint="name it to `audit` or `record`: `--temperature 1 --top-p 1` for plain sampling",
         )
-    if not 0 <= temperature <= 100 or not 0 < top_p <= 1:
-        raise InputError(
-            "sampling parameters are out of range",
-            expected="a temperature of 0 to 100, a top-p above 0 and at most 1",
-            actual=f"temperature {temperature}, top-p {top_p}",
-        )
+    require_sampling_ranges(temperature, top_p)
     return float(temperature), float(top_p)

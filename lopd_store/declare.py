@@ -28,6 +28,7 @@ from lopd_store.provenance import (
     are_domains,
     by_domain,
     read_checkpoint_record,
+    require_sampling_ranges,
     sft_of_data,
 )
 from lopd_store.rollouts import RolloutsFile, read_record
@@ -54,12 +55,7 @@ def declare_rollouts(
         raise InputError(f"`{output}` exists", hint="choose another `--output`, or move it away")
     if output.suffix != ".parquet":
         raise InputError(f"`{output}` is not a name for rollouts", expected="a name that ends in .parquet")
-    for name, value, fits, expected in (
-        ("temperature", temperature, temperature is None or 0 <= temperature <= 100, "0 to 100"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
-    ):
-        if not fits:
-            raise InputError(f"`{name}` is out of range", expected=expected, actual=value)
+    require_sampling_ranges(temperature, top_p)
     file = RolloutsFile(path)
     if prompts is not None and not Path(prompts).is_file():
         raise InputError(f"no prompts at `{prompts}`", hint="leave `--prompts` out if the file is lost")

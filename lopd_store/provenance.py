@@ -68,6 +68,16 @@ class Sampling:
         return cls(**value, stop=None if stop is None else tuple(stop))
 
 
+def require_sampling_ranges(temperature: float | None, top_p: float | None) -> None:
+    """Raise InputError where one of them is out of range; None is not known, and passes."""
+    for name, value, fits, expected in (
+        ("temperature", temperature, temperature is None or 0 <= temperature <= 100, "0 to 100"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
+    ):
+        if not fits:
+            raise InputError(f"`{name}` is out of range", expected=expected, actual=value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutsRecord:
     """Who sampled a file of rollouts (or of SFT data, which is the same thing by a teacher), from what, and how."""

@@ -25,7 +25,14 @@ from lopd_store.errors import DataError, InputError
 from lopd_store.identity import identify
 from lopd_store.journal import Journal
 from lopd_store.prompts import Prompt, read_prompts
-from lopd_store.provenance import MAX_STOP_LENGTH, MAX_STOPS, RolloutsRecord, Sampling, read_checkpoint_record
+from lopd_store.provenance import (
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    RolloutsRecord,
+    Sampling,
+    read_checkpoint_record,
+    require_sampling_ranges,
+)
 from lopd_store.rollouts import write_rollouts
 from lopd_store.samplers import BATCH_SIZES, Response, load, require_engine
 
@@ -157,9 +164,8 @@ def _row(tokenizer: Any, prompt: Prompt, response: Response) -> dict[str, Any]:
 def _sampling(
     temperature: float, top_p: float, max_response_tokens: int, samples: int, seed: int, stop: Sequence[str]
 ) -> Sampling:
+    require_sampling_ranges(temperature, top_p)
     for name, value, fits, expected in (
-        ("temperature", temperature, 0 <= temperature <= 100, "0 to 100"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
         ("max_response_tokens", max_response_tokens, 1 <= max_response_tokens <= 1 << 20, f"1 to {1 << 20}"),
         ("samples_per_prompt", samples, 1 <= samples <= 1 << 16, f"1 to {1 << 16}"),
         ("seed", seed, 0 <= seed < 1 << 63, "0 to 2^63 - 1"),

@@ -27,9 +27,12 @@ def test_too_little_text_leaves_with_three(teacher_dir: Path, sft_file: Path) ->
     assert ran.code == 3 and ran.stdout.startswith("verdict    too little to compare with samples of teacher\n")
 
 
-@pytest.mark.parametrize("options", [("--top-p", 0), ("--temperature", -1)])
-def test_sampling_parameters_out_of_range_are_a_usage_error(
-    teacher_dir: Path, sft_file: Path, options: tuple[str, float]
+@pytest.mark.parametrize(
+    ("option", "value", "expected"), [("top_p", 0, "above 0, at most 1"), ("temperature", -1, "0 to 100")]
+)
+def test_a_sampling_parameter_out_of_range_is_a_usage_error(
+    teacher_dir: Path, sft_file: Path, option: str, value: float, expected: str
 ) -> None:
-    ran = run_command("lopd-store", "audit", "--model", teacher_dir, "--data", sft_file, *options)
-    assert ran.code == 2 and "parameters are out of range\n  expected  a temperature" in ran.stderr
+    flag = f"--{option.replace('_', '-')}"
+    ran = run_command("lopd-store", "audit", "--model", teacher_dir, "--data", sft_file, flag, value)
+    assert ran.code == 2 and ran.stderr.startswith(f"error: `{option}` is out of range\n  expected  {expected}\n")
