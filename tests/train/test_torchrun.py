@@ -58,16 +58,14 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
-    """The same curve and the same weights, but for the order of sums."""
+def assert_same_run(found: Path, expected: Path, *, turned: int = 0) -> None:
+    """The same curve and, but for the order of sums, the same weights; `turned` of them may be a step of Adam away."""
     for line, wanted in zip(metrics(found), metrics(expected), strict=True):
         assert line == pytest.approx(wanted, rel=1e-3, abs=1e-4)
     one, two = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (found, expected))
     assert one.keys() == two.keys()
-    # Adam divides a gradient by its own size, so where there is hardly any, rounding may turn a step of 1e-3.
-    for name, value in one.items():
-        gaps = (value - two[name]).abs()
-        assert gaps.max() < 1e-3 and gaps.mean() < 5e-6, name
+    gaps = torch.cat([(value - two[name]).abs().flatten() for name, value in one.items()])
+    assert (gaps > 1e-4).sum() <= turned and gaps.max() < 1e-3
 
 
 MIXED = "--objective reverse_kl --gradient-checkpointing --sft-data SFT_DATA --sft-weight 0.5 --sft-rollouts 3"
@@ -130,4 +128,6 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(
 def test_compiled_blocks_give_the_curve_of_plain_ones(artifact: Path, reference: Path, tmp_path: Path) -> None:
     for name, options in (("plain", []), ("compiled", ["--compile"])):
         assert opd(artifact, reference, tmp_path / name, *options).returncode == 0
-    assert_same_run(tmp_path / "compiled", tmp_path / "plain")
+    # Of one weight the first gradient is 2.6e-9, and 9.5e-9 compiled. Adam's epsilon is 1e-8, so its first step is
+    # 0.21 or 0.49 of the learning rate of 1e-3.
+    assert_same_run(tmp_path / "compiled", tmp_path / "plain", turned=3)
