@@ -99,3 +99,13 @@ def test_keys_that_the_server_does_not_know_are_a_usage_error(
     env = {**s3_env, "AWS_SECRET_ACCESS_KEY": "another"}
     ran = run_process("lopd-store", *build(inputs, "s3://lopd/refused"), env=env, cwd=tmp_path)
     assert ran.code == 2 and ran.stderr.startswith("error: `s3://lopd/refused` refuses access\n"), ran.stderr
+
+
+def test_a_store_where_nobody_listens_is_unavailable(
+    inputs: dict[str, Any], store: dict[str, str], tmp_path: Path
+) -> None:
+    env = {**os.environ, **store, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    ran = run_process("lopd-store", *build(inputs, "s3://lopd/nowhere"), env=env, cwd=tmp_path)
+    assert ran.code == 3, ran.stderr
+    assert ran.stderr.startswith("error: `s3://lopd/nowhere` did not answer as it should\n")
+    assert "hint: " in ran.stderr and "Traceback" not in ran.stderr
