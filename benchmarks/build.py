@@ -49,7 +49,7 @@ from lopd_store.teachers.transformers import TransformersTeacher, batches, score
 HERE = Path(__file__).parent
 BATCH_TOKENS = 2048
 K = 64
-PART_ROLLOUTS = 4  # on average, of the artifact that workers build
+PART_ROLLOUTS = 2  # on average, of the artifact that workers build
 WIDTHS = (49_152, 151_936)  # of SmolLM2 and of Qwen3
 
 
@@ -59,10 +59,11 @@ class Scale:
 
     rollouts: int  # of one turn
     built: int  # by one worker and by two
-    repeats: int
+    builds: int  # by two
+    repeats: int  # of everything else
 
 
-FULL, SMALL = Scale(rollouts=12, built=128, repeats=3), Scale(rollouts=2, built=8, repeats=1)
+FULL, SMALL = Scale(rollouts=12, built=64, builds=5, repeats=3), Scale(rollouts=2, built=8, builds=1, repeats=1)
 
 
 def main() -> None:
@@ -235,22 +236,24 @@ def measure_workers(model: Path, path: Path, scratch: Path, scale: Scale) -> Ite
     part written.
 
     What comes before, mostly loading the teacher, and after, mostly the end of the processes, is told beside it: this
-    build takes a minute or two, and both are about the same however long one is.
+    build takes a minute, and both are about the same however long one is. A build by two is compared with the builds by
+    one before and after it, because the speed of a shared machine drifts from minute to minute.
     """
     cores = sorted(os.sched_getaffinity(0))
     taken: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
-    for turn in range(scale.repeats):
-        for workers, times in taken.items():
-            pin(cores[:workers])
-            times.append(time_build(model, path, scratch / f"by-{workers}-{turn}", workers))
+    for turn in range(2 * scale.builds + 1):
+        workers = 1 + turn % 2
+        pin(cores[:workers])
+        taken[workers].append(time_build(model, path, scratch / f"build-{turn}", workers))
     pin(cores)
     for workers, times in taken.items():
         before, speed, after = map(median, zip(*times, strict=True))
         yield Row(what=f"build, workers: {workers}", value=speed, unit="positions/s")
         yield Row(what=f"seconds before its first scores, workers: {workers}", value=before, unit="s")
         yield Row(what=f"seconds to end and seal, workers: {workers}", value=after, unit="s")
-    ratio = median(two[1] / one[1] for one, two in zip(taken[1], taken[2], strict=True))
-    yield Row(what="two workers beside one", value=ratio, unit="times", target=1.8)
+    one, two = ([speed for _, speed, _ in taken[workers]] for workers in (1, 2))
+    ratios = [2 * speed / (before + after) for before, speed, after in zip(one, two, one[1:], strict=False)]
+    yield Row(what="two workers beside one", value=median(ratios), unit="times", target=1.8)
 
 
 def time_build(model: Path, path: Path, output: Path, workers: int) -> tuple[float, float, float]:
