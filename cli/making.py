@@ -134,6 +134,7 @@ def plan(
     dtype: Annotated[Dtype, typer.Option(metavar="DTYPE", help="As for `build`.")] = Dtype.float32,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="As for `build`.")] = None,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="As for `build`.")] = 1,
+    tensor_parallel_size: Annotated[int, typer.Option(metavar="N", min=1, help="As for `build`.")] = 1,
     batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="As for `build`.")] = 4096,
     on_bad_rollout: Annotated[
         OnBadRollout, typer.Option(metavar="fail|skip", help="As for `build`.")
@@ -158,6 +159,7 @@ def plan(
             dtype=dtype.value,
             device=device,
             threads=threads,
+            tensor_parallel_size=tensor_parallel_size,
             batch_tokens=batch_tokens,
             on_bad_rollout=on_bad_rollout.value,
             on_surveyed=surveyed.update,
@@ -240,19 +242,17 @@ def build(
     ] = None,
     reference_server: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Another, that runs the reference policy.", rich_help_panel=RUNNING),
+        typer.Option(metavar="URL", help="Another, for the reference policy.", rich_help_panel=RUNNING),
     ] = None,
     trust_server: Annotated[
         bool,
-        typer.Option(
-            "--trust-server", help="Do not compare its log-probs with the teacher's.", rich_help_panel=RUNNING
-        ),
+        typer.Option("--trust-server", help="Take its log-probs on trust.", rich_help_panel=RUNNING),
     ] = False,
     max_noise: Annotated[
         float | None,
         typer.Option(
             metavar="NATS",
-            help="Refuse an engine whose log-probs change by more in other batches; 0.01 in float32, else 1.",
+            help="Most that other batches may change a log-prob: 0.01 in float32, else 1.",
             rich_help_panel=RUNNING,
         ),
     ] = None,
@@ -267,9 +267,13 @@ def build(
     threads: Annotated[
         int, typer.Option(metavar="N", min=1, help="CPU threads of each worker.", rich_help_panel=RUNNING)
     ] = 1,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="GPUs of each worker.", rich_help_panel=RUNNING),
+    ] = 1,
     batch_tokens: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="Tokens per forward pass, padding included.", rich_help_panel=RUNNING),
+        typer.Option(metavar="N", min=1, help="Tokens per forward pass, padded.", rich_help_panel=RUNNING),
     ] = 4096,
     part_positions: Annotated[
         int | None,
@@ -320,6 +324,7 @@ def build(
             device=device,
             workers=workers,
             threads=threads,
+            tensor_parallel_size=tensor_parallel_size,
             batch_tokens=batch_tokens,
             part_positions=part_positions,
             ray=ray,

@@ -65,6 +65,7 @@ class Settings:
     device: str | None = None
     workers: int | None = 1
     threads: int = 1
+    tensor_parallel_size: int = 1
     batch_tokens: int = 4096
     part_positions: int | None = None
     ray: str | None = None
@@ -72,7 +73,13 @@ class Settings:
     def plan(self, on_surveyed: OnSurveyed | None = None) -> Plan:
         """Read the inputs and settle what is to be made."""
         reference = None if self.reference is None else str(self.reference)
-        require_engine(self.engine, reference=reference, server=self.server, reference_server=self.reference_server)
+        require_engine(
+            self.engine,
+            reference=reference,
+            server=self.server,
+            reference_server=self.reference_server,
+            tensor_parallel_size=self.tensor_parallel_size,
+        )
         return make_plan(
             teacher=str(self.teacher),
             rollouts=Path(self.rollouts),
@@ -87,6 +94,7 @@ class Settings:
             text=self.text,
             device=self.device,
             threads=self.threads,
+            tensor_parallel_size=self.tensor_parallel_size,
             batch_tokens=self.batch_tokens,
             part_positions=self.part_positions,
             on_bad_rollout=self.on_bad_rollout,
@@ -136,6 +144,7 @@ def build(
     device: str | None = None,
     workers: int | None = 1,
     threads: int = 1,
+    tensor_parallel_size: int = 1,
     batch_tokens: int = 4096,
     part_positions: int | None = None,
     ray: str | None = None,
@@ -157,7 +166,8 @@ def build(
     Before the first part a few rollouts are scored twice, in other batches; a log-prob that changes by more than
     `max_noise` nats is an error (None stands for 0.01 in float32 and 1 in half precision). `workers` is the number of
     processes, None for one per processor (a script that asks for several needs `if __name__ == "__main__":`);
-    `threads` is the number of CPU threads of each, which unlike `workers` can change the last bits of a log-prob.
+    `threads` is the number of CPU threads of each, which unlike `workers` can change the last bits of a log-prob, and
+    so can `tensor_parallel_size`, the number of GPUs over which the teacher of each worker is split.
     `ray` is the address of a Ray cluster, or `local`, whose actors are the workers. The first Ctrl-C stops after the
     parts in hand, the second at once; `on_note` hears lines for people, `on_surveyed` how far the rollouts are read.
     """
@@ -183,6 +193,7 @@ def build(
         device=device,
         workers=workers,
         threads=threads,
+        tensor_parallel_size=tensor_parallel_size,
         batch_tokens=batch_tokens,
         part_positions=part_positions,
         ray=ray,
@@ -343,7 +354,7 @@ def _audit_sft(plan: Plan, building: Path, on_audited: OnAudited | None) -> None
             teacher=plan.teacher_path,
             data=plan.sft_data_path,
             dtype=plan.inputs.scoring.dtype,
-            device=plan.device,
+            device="auto" if plan.device == "cuda" and plan.tensor_parallel_size > 1 else plan.device,
             batch_tokens=plan.batch_tokens,
             on_progress=on_audited,
         )

@@ -224,6 +224,7 @@ def write_seal(plan: Plan, building: Path, *, workers: int | None) -> bytes:
         "positions_per_second": round(manifest.counts.positions / max(seconds, 1e-9), 1),  # of one worker
         "workers": workers,  # None where several jobs scored
         "threads": plan.threads,
+        "tensor_parallel_size": plan.tensor_parallel_size,
         "device": plan.device,
         "plan": plan.digest,
         "noise": read_noise(building),

@@ -41,7 +41,8 @@ def score_on_ray(
     """Score the missing parts on the cluster at `address`, or on one that is started here for `local`."""
     with _connected(address) as ray:
         width = min(workers or _room(ray, plan), len(tally.missing))
-        needs = {"num_cpus": plan.threads, "num_gpus": 0 if plan.device == "cpu" else 1}
+        size = plan.tensor_parallel_size
+        needs = {"num_cpus": plan.threads * size, "num_gpus": 0 if plan.device == "cpu" else size}
         remote = ray.remote(**needs)(_Scorer)
         seats: list[tuple[Any, Future[Scored] | None]] = [(remote.remote(plan, on_bad), None) for _ in range(width)]
 
@@ -149,5 +150,5 @@ def _room(ray: Any, plan: Plan) -> int:
     """Workers that the cluster has room for."""
     resources = ray.cluster_resources()
     if plan.device != "cpu":
-        return max(1, int(resources.get("GPU", 0)))
-    return max(1, int(resources.get("CPU", 1)) // plan.threads)
+        return max(1, int(resources.get("GPU", 0)) // plan.tensor_parallel_size)
+    return max(1, int(resources.get("CPU", 1)) // (plan.threads * plan.tensor_parallel_size))

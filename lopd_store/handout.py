@@ -160,6 +160,7 @@ def load_teacher(plan: Plan) -> Teacher:
         reference=plan.reference_path,
         server=plan.server,
         reference_server=plan.reference_server,
+        tensor_parallel_size=plan.tensor_parallel_size,
         k_min=plan.encoding.k_min,
         coverage=plan.encoding.coverage,
     )

@@ -90,11 +90,12 @@ def load_tokenizer(files: ModelFiles) -> Any:
         ) from error
 
 
-def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu") -> Any:
+def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu", tensor_parallel_size: int = 1) -> Any:
     """The causal language model, in evaluation mode, all weights in `dtype` on `device`.
 
-    `auto` is as many devices as it takes, layer after layer, by accelerate. Raises DataError where a weight is missing:
-    transformers would make it up and go on.
+    `auto` is as many devices as it takes, layer after layer, by accelerate. With a `tensor_parallel_size` this is one
+    of as many processes of torch.distributed, and gets its share of every layer. Raises DataError where a weight is
+    missing: transformers would make it up and go on.
     """
     import torch
     from safetensors import SafetensorError
@@ -103,6 +104,10 @@ def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu"
     options = _options(files) | ({"use_safetensors": True} if files.gguf_file is None else {})
     options |= {"dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
     options |= {"device_map": "auto"} if device == "auto" else {}
+    if tensor_parallel_size > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel_size)
     try:
         with without_bars():
             model, found = AutoModelForCausalLM.from_pretrained(files.directory, **options)
@@ -116,7 +121,7 @@ def load_model(files: ModelFiles, *, dtype: str = "float32", device: str = "cpu"
             expected=f"a {type(model).__name__} with every weight",
             actual=f"{len(lacking)} are missing or of another shape, such as `{lacking[0]}`",
         )
-    return (model if device == "auto" else model.to(device)).eval()
+    return (model if device == "auto" or tensor_parallel_size > 1 else model.to(device)).eval()
 
 
 def _with_adapter(model: Any, files: ModelFiles) -> Any:

@@ -73,6 +73,7 @@ class Plan:
     text: bool
     device: str
     threads: int
+    tensor_parallel_size: int  # devices that each worker's teacher is split over
     batch_tokens: int
     parts: tuple[PlannedPart, ...]
     skipped: tuple[BadRollout, ...]
@@ -89,6 +90,7 @@ class Plan:
             "text": self.text,
             "device": self.device,
             "threads": self.threads,
+            "tensor_parallel_size": self.tensor_parallel_size,
             "batch_tokens": self.batch_tokens,
             "skipped": [list(astuple(bad)) for bad in self.skipped],
             "parts": [list(astuple(part)) for part in self.parts],
@@ -98,7 +100,8 @@ class Plan:
     @classmethod
     def from_json(cls, value: Any, *, where: str) -> Plan:
         """Read what `to_json` gave; it does not say where things are on this machine."""
-        plain = ("sft_data", "reference_logprobs", "text", "device", "threads", "batch_tokens", "versions")
+        numbers = ("threads", "tensor_parallel_size", "batch_tokens")
+        plain = ("sft_data", "reference_logprobs", "text", "device", "versions", *numbers)
         names = (*INPUTS_MEMBERS, *plain, "encoding", "skipped", "parts")
         value = strictjson.members(value, names, where=where)
         return cls(
@@ -143,17 +146,28 @@ def make_plan(
     text: bool = True,
     device: str | None = None,
     threads: int = 1,
+    tensor_parallel_size: int = 1,
     batch_tokens: int = 4096,
     part_positions: int | None = None,
     on_bad_rollout: OnBad = "fail",
     on_surveyed: OnSurveyed | None = None,
 ) -> Plan:
     """Read the inputs, check what can be checked before scoring, and draw the borders of the parts."""
-    for name, number in (("threads", threads), ("batch_tokens", batch_tokens)):
+    for name, number in (
+        ("threads", threads),
+        ("tensor_parallel_size", tensor_parallel_size),
+        ("batch_tokens", batch_tokens),
+    ):
         if number < 1:
             raise InputError(f"`{name}` is out of range", expected="1 or more", actual=number)
     if domain is not None and not are_domains([domain]):
         raise InputError(f"`{domain}` is not a name for a domain", expected=DOMAINS_EXPECTED)
+    device = models.pick_device(device)
+    if tensor_parallel_size > 1 and scoring.engine == "transformers":
+        from lopd_store.teachers.tensor_parallel import require_tensor_parallel
+
+        for model in filter(None, (teacher, reference)):
+            require_tensor_parallel(model, tensor_parallel_size, device)
     file = RolloutsFile(rollouts)
     if len(file) == 0:
         raise DataError(f"`{rollouts}` has no rollouts", hint="sample some with `lopd-store generate`")
@@ -186,8 +200,9 @@ def make_plan(
         encoding=encoding,
         reference_logprobs=found.has_logprobs or reference is not None,
         text=text,
-        device=models.pick_device(device),
+        device=device,
         threads=threads,
+        tensor_parallel_size=tensor_parallel_size,
         batch_tokens=batch_tokens,
         parts=_draw_parts(found, part_positions, encoding, file),
         skipped=found.bad,

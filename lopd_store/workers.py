@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from lopd_store.handout import (
 )
 from lopd_store.noise import Noise
 from lopd_store.plan import Plan
+from lopd_store.processes import interrupts_held_back
 from lopd_store.scoring import DoneNote, ScoredPart, keep_part, read_rollouts, score_part
 from lopd_store.survey import OnBad
 
@@ -83,9 +83,9 @@ def score_parts(
             raise KeyboardInterrupt
 
 
-def gpu_of_worker(index: int, gpus: Sequence[str]) -> str:
-    """The GPU of a worker, counted from 0: each its own, where there are enough."""
-    return gpus[index % len(gpus)]
+def gpus_of_worker(index: int, gpus: Sequence[str], size: int = 1) -> list[str]:
+    """The `size` GPUs of a worker, counted from 0: each its own, where there are enough."""
+    return [gpus[(index * size + number) % len(gpus)] for number in range(size)]
 
 
 def count_workers(asked: int | None, plan: Plan, parts: int) -> int:
@@ -99,11 +99,11 @@ def count_workers(asked: int | None, plan: Plan, parts: int) -> int:
         return min(asked, parts)
     engine = plan.inputs.scoring.engine
     if plan.device == "cuda" and engine != "http":
-        return max(1, min(len(_gpus()), parts))
+        return max(1, min(len(_gpus()) // plan.tensor_parallel_size, parts))
     if plan.device != "cpu" or engine != "transformers":
         return 1
     fit = _free_memory() // 2 // _teacher_bytes(plan)
-    return max(1, min((os.cpu_count() or 1) // plan.threads, fit, parts))
+    return max(1, min((os.cpu_count() or 1) // (plan.threads * plan.tensor_parallel_size), fit, parts))
 
 
 def _gpus() -> list[str]:
@@ -209,13 +209,13 @@ def _score_in_processes(
 
     def submit(number: int) -> Future[Written]:
         index = next(index for index in range(workers) if index not in last or last[index].done())
-        with _interrupts_held_back():
+        with interrupts_held_back():
             last[index] = pools[index].submit(_work, number)
         return last[index]
 
     def submit_probe(number: int) -> Future[Noise]:
         """The first worker measures the noise; the others load their teachers meanwhile."""
-        with _interrupts_held_back():
+        with interrupts_held_back():
             for pool in pools[1:]:
                 pool.submit(_load_teacher)
             return pools[0].submit(_measure_noise, number, max_noise)
@@ -256,23 +256,13 @@ def _score_in_processes(
             list(ending.map(lambda pool: pool.shutdown(cancel_futures=True), pools))
 
 
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C, which is for this one to handle, after the parts in hand."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 _worker: dict[str, Any] = {}  # what one worker process keeps between parts
 
 
 def _start_worker(plan: Plan, building: Path, on_bad: OnBad, counts: Any, index: int, parent: Connection) -> None:
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     if plan.device == "cuda":  # before anything asks which there are
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of_worker(index, _gpus())
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of_worker(index, _gpus(), plan.tensor_parallel_size))
     import torch
 
     torch.set_num_threads(plan.threads)

@@ -50,7 +50,12 @@ class Teacher(Protocol):
 
 
 def require_engine(
-    engine: str, *, reference: str | None, server: str | None, reference_server: str | None = None
+    engine: str,
+    *,
+    reference: str | None,
+    server: str | None,
+    reference_server: str | None = None,
+    tensor_parallel_size: int = 1,
 ) -> None:
     """Raise InputError where there is no such engine, or it cannot do what is asked of it."""
     if engine not in ENGINES:
@@ -59,6 +64,10 @@ def require_engine(
         raise InputError("the http engine needs a server", hint="name it: `--server http://localhost:8000`")
     if engine != "http" and (server or reference_server):
         raise InputError(f"the {engine} engine has no server", hint="add `--engine http`")
+    if engine == "http" and tensor_parallel_size > 1:
+        raise InputError(
+            "the http engine does not split a teacher", hint="the server does: `vllm serve --tensor-parallel-size N`"
+        )
     if (reference is None) != (reference_server is None) and engine == "http":
         raise InputError(
             "the http engine needs a reference policy and its server, or neither",
@@ -77,6 +86,7 @@ def load(
     reference: str | None = None,
     server: str | None = None,
     reference_server: str | None = None,
+    tensor_parallel_size: int = 1,
     k_min: int = 1,
     coverage: float = 1.0,
 ) -> Teacher:
@@ -94,7 +104,13 @@ def load(
         from lopd_store.teachers.vllm import VllmTeacher
 
         return VllmTeacher(
-            model, vocab_size=vocab_size, dtype=dtype, batch_tokens=batch_tokens, reference=reference, choice=choice
+            model,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            reference=reference,
+            tensor_parallel_size=tensor_parallel_size,
+            choice=choice,
         )
     if engine == "http":
         from lopd_store.teachers.http import HttpTeacher
@@ -108,6 +124,18 @@ def load(
             reference=reference,
             reference_server=reference_server,
             choice=choice,
+        )
+    if tensor_parallel_size > 1:
+        from lopd_store.teachers.tensor_parallel import TensorParallelTeacher
+
+        return TensorParallelTeacher(
+            model,
+            size=tensor_parallel_size,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            device=device,
+            batch_tokens=batch_tokens,
+            reference=reference,
         )
     from lopd_store.teachers.transformers import TransformersTeacher
 

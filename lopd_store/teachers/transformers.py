@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,15 +36,23 @@ class TransformersTeacher:
     """A teacher run by transformers on one device or several, and beside it the reference policy where one is named."""
 
     def __init__(
-        self, model: str, *, vocab_size: int, dtype: str, device: str, batch_tokens: int, reference: str | None = None
+        self,
+        model: str,
+        *,
+        vocab_size: int,
+        dtype: str,
+        device: str,
+        batch_tokens: int,
+        reference: str | None = None,
+        tensor_parallel_size: int = 1,  # how many processes like this one have a share of it; see `tensor_parallel`
     ) -> None:
-        loaded = [
-            models.load_model(models.find(name), dtype=dtype, device=device) for name in (model, reference) if name
-        ]
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "tensor_parallel_size": tensor_parallel_size}
+        loaded = [models.load_model(models.find(name), **options) for name in (model, reference) if name]
         self._splits = [models.split(one) for one in loaded]
         self._devices = [one.device for one in loaded]  # where their input goes
         self._vocab_size = vocab_size
         self._batch_tokens = batch_tokens
+        self._in_step = tensor_parallel_size > 1
         self.scoring = Scoring(engine="transformers", dtype=dtype)
         lengths = [length for one in loaded if (length := models.context_length(one.config)) is not None]
         self.context_length = min(lengths, default=None)
@@ -89,6 +98,11 @@ class TransformersTeacher:
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
+            if self._in_step:
+                raise UnavailableError(
+                    f"{len(rollouts)} rollouts of up to {_length(rollouts[0])} tokens do not fit into the memory",
+                    hint="try a smaller `--batch-tokens`",
+                ) from error
             return None
         ends = np.cumsum([len(rollout.response_ids) for rollout in rollouts])[:-1]
         pieces = {name: np.split(column, ends) for name, column in columns.items()}

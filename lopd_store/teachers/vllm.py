@@ -40,6 +40,7 @@ class VllmTeacher:
         dtype: str,
         batch_tokens: int,
         reference: str | None = None,
+        tensor_parallel_size: int = 1,
         choice: Choice | None = None,
     ) -> None:
         names = [name for name in (model, reference) if name is not None]
@@ -49,6 +50,7 @@ class VllmTeacher:
                 vocab_size=vocab_size,
                 dtype=dtype,
                 batch_tokens=batch_tokens,
+                tensor_parallel_size=tensor_parallel_size,
                 of=len(names),
                 caches=len(names) > 1,
             )
@@ -81,10 +83,25 @@ class VllmTeacher:
 class _Model:
     """One of `of` models that vLLM runs in this process."""
 
-    def __init__(self, model: str, *, vocab_size: int, dtype: str, batch_tokens: int, of: int, caches: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        vocab_size: int,
+        dtype: str,
+        batch_tokens: int,
+        tensor_parallel_size: int,
+        of: int,
+        caches: bool,
+    ) -> None:
         files = models.find(model)
         self._llm = load_llm(
-            files, dtype=dtype, memory=_MEMORY / of, enable_prefix_caching=caches, max_num_batched_tokens=batch_tokens
+            files,
+            dtype=dtype,
+            memory=_MEMORY / of,
+            enable_prefix_caching=caches,
+            max_num_batched_tokens=batch_tokens,
+            tensor_parallel_size=tensor_parallel_size,
         )
         self._vocab_size = vocab_size
         self._output_width = int(models.load_config(files).get_text_config().vocab_size)

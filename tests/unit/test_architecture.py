@@ -13,12 +13,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"lopd_store": ROOT / "lopd_store", "lopd_train": ROOT / "lopd_train", "lopd_cli": ROOT / "cli"}
-ENGINES = ["teachers", "teachers.flat", "teachers.union", "teachers.transformers", "teachers.vllm", "teachers.http"]
+EMBEDDED = ["teachers.transformers", "teachers.tensor_parallel"]
+ENGINES = ["teachers", "teachers.flat", "teachers.union", *EMBEDDED, "teachers.vllm", "teachers.http"]
 EXPORTS = ["interop.target", "interop.trl", "interop.lightning_opd", "interop.distillkit", "interop.axolotl"]
 SAMPLERS = ["samplers", "samplers.transformers", "samplers.vllm"]
 # A module imports only what stands before it, wherever in the file the import is: DESIGN.md, section 3.
 LAYERS = [
-    ("leaves", ["errors", "strictjson", "digest", "durable", "layout", "compiled", "lookup", "pco", "journal"]),
+    (
+        "leaves",
+        ["errors", "strictjson", "digest", "durable", "layout", "compiled", "lookup", "pco", "journal", "processes"],
+    ),
     ("remote", ["hub", "cache", "sources"]),
     ("models", ["models", "license", "weights", "identity", "provenance"]),
     ("values", ["grid", "topk", "encoding", "statistic", "manifest", "gate", "view", "remembered"]),
@@ -79,7 +83,7 @@ def test_a_module_of_the_store_imports_only_what_stands_before_it(module: str) -
     "heavy", ["torch", "transformers", "typer", "huggingface_hub", "vllm", "ray", "cryptography", "matplotlib"]
 )
 def test_only_what_runs_models_or_the_hub_imports_heavy_libraries_at_its_top(heavy: str) -> None:
-    runs_models = {"samplers.transformers", "teachers.transformers"}
+    runs_models = {"samplers.transformers", *EMBEDDED}
     importing = set()
     for module in set(ORDER) - runs_models:
         (path,) = (path for p, path in SOURCES if p == "lopd_store" and module_of(path, PACKAGES[p]) == module)

@@ -26,7 +26,7 @@ from lopd_store.teachers import RolloutScores, load
 from lopd_store.teachers import transformers as engine
 from lopd_store.teachers.transformers import TransformersTeacher, batches, score_logits
 from lopd_store.topk import Candidates
-from lopd_store.workers import gpu_of_worker
+from lopd_store.workers import gpus_of_worker
 from tests.artifacts import random_pairs, rollout, save_rollouts
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.unit.conftest import LENGTHS, PART_POSITIONS
@@ -509,6 +509,14 @@ def test_a_rollout_that_fits_into_no_memory_is_said(teacher_dir: Path) -> None:
         list(teacher.score([rollout([7] * 4, [8] * 8)], K))
 
 
+def test_a_teacher_in_several_processes_does_not_halve_its_batches_alone(teacher_dir: Path) -> None:
+    teacher = load_teacher(teacher_dir)
+    with_room_for(teacher, 0)
+    teacher._in_step = True
+    with pytest.raises(UnavailableError, match=r"2 rollouts of up to 12 tokens do not fit(?s:.)*smaller `--batch-tok"):
+        list(teacher.score([rollout([7] * 4, [8] * 8)] * 2, K))
+
+
 def test_an_error_that_is_not_about_memory_passes_through(teacher_dir: Path) -> None:
     teacher = load_teacher(teacher_dir)
     with pytest.raises(IndexError):  # the engine is for ids that the model has; `build` has looked
@@ -530,8 +538,15 @@ def test_a_teacher_on_whatever_devices_there_are_gives_the_scores_of_one(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "wanted"),
-    [(["0", "1"], ["0", "1", "0"]), (["3"], ["3", "3", "3"]), (["GPU-a", "5", "6"], ["GPU-a", "5", "6"])],
+    ("gpus", "size", "wanted"),
+    [
+        (["0", "1"], 1, [["0"], ["1"], ["0"]]),
+        (["3"], 1, [["3"], ["3"], ["3"]]),
+        (["GPU-a", "5", "6"], 1, [["GPU-a"], ["5"], ["6"]]),
+        (["4", "5", "6", "7"], 2, [["4", "5"], ["6", "7"], ["4", "5"]]),
+    ],
 )
-def test_every_worker_has_a_gpu_of_its_own_where_there_are_enough(gpus: list[str], wanted: list[str]) -> None:
-    assert [gpu_of_worker(index, gpus) for index in range(3)] == wanted
+def test_every_worker_has_gpus_of_its_own_where_there_are_enough(
+    gpus: list[str], size: int, wanted: list[list[str]]
+) -> None:
+    assert [gpus_of_worker(index, gpus, size) for index in range(3)] == wanted
