@@ -28,7 +28,10 @@ from lopd_store.teachers.transformers import TransformersTeacher, batches
 
 
 class TensorParallelTeacher:
-    """`TransformersTeacher` over `size` devices, in as many processes, which end with this object."""
+    """`TransformersTeacher` over `size` devices, in as many processes, which end with this object.
+
+    Both loading and `score` raise what a process could not do, and UnavailableError where one of them ends.
+    """
 
     def __init__(
         self,
@@ -71,16 +74,15 @@ class TensorParallelTeacher:
     def score(self, rollouts: Sequence[Rollout], k: int) -> Iterator[tuple[int, RolloutScores]]:
         """See `Teacher.score`."""
         for batch in batches(rollouts, self._batch_tokens):
-            some = [rollouts[index] for index in batch]
-            for line in self._lines:
-                line.send((some, k))
-            for index, scores in self._answer():
+            for index, scores in self._answer([rollouts[index] for index in batch], k):
                 yield batch[index], scores
 
-    def _answer(self) -> Any:
-        """What the first process answers, once all have; raises what one of them could not do."""
+    def _answer(self, *question: Any) -> Any:
+        """What the first process answers to a question, or once it has loaded the teacher; all of them must."""
         answers: dict[Connection, Any] = {}
         try:
+            for line in self._lines if question else ():
+                line.send(question)
             while waiting := [line for line in self._lines if line not in answers]:
                 ready = wait(waiting)
                 for line in filter(ready.__contains__, waiting):
@@ -90,8 +92,8 @@ class TensorParallelTeacher:
         except (EOFError, OSError) as error:
             self._end()
             raise UnavailableError(
-                f"one of the {len(self._lines)} processes of the teacher was killed, perhaps because memory ran out",
-                hint="run the same command again, with a smaller `--batch-tokens`",
+                f"one of the {len(self._lines)} processes of the teacher has ended",
+                hint="if it has not said why, memory may have run out: try a smaller `--batch-tokens`",
             ) from error
         except LopdError:
             self._end()

@@ -158,13 +158,20 @@ def rows(topk: TopK) -> Iterator[dict[int, float]]:
         yield dict(zip(topk.ids[start:stop].tolist(), topk.logprobs[start:stop].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("engine", ["vllm", "http"])
-@pytest.mark.parametrize("coverage", [1, 0.9])
+@pytest.mark.parametrize(
+    ("engine", "coverage", "tensor_parallel_size"), [("vllm", 1, 1), ("vllm", 0.9, 2), ("http", 1, 1), ("http", 0.9, 1)]
+)
 def test_an_engine_gives_the_artifact_of_the_embedded_one(
-    engine: str, coverage: float, teacher: Path, rollouts_path: Path, request: pytest.FixtureRequest, tmp_path: Path
+    engine: str,
+    coverage: float,
+    tensor_parallel_size: int,
+    teacher: Path,
+    rollouts_path: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     stored = ["--exact", "--k-max", 40, "--coverage", coverage]
-    more: list[object] = ["--engine", engine, "--batch-tokens", 128]
+    more = ["--engine", engine, "--batch-tokens", 128, "--tensor-parallel-size", tensor_parallel_size]
     if engine == "http":
         more += ["--server", request.getfixturevalue("server").url]
     python = VLLM / "python" if engine == "vllm" else Path(sys.executable)

@@ -102,7 +102,7 @@ def test_the_same_rollouts_give_the_same_bits_again(split: TensorParallelTeacher
 def test_a_process_that_is_killed_is_said_and_leaves_none_behind(split: TensorParallelTeacher) -> None:
     _, second = _children()
     os.kill(second, signal.SIGKILL)
-    with pytest.raises(UnavailableError, match="one of the 2 processes of the teacher was killed"):
+    with pytest.raises(UnavailableError, match="one of the 2 processes of the teacher has ended"):
         list(split.score(ROLLOUTS, K))
     assert not _children()
 
