@@ -87,6 +87,9 @@ def generate(
     ] = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="GPUs that vllm splits the model over.", rich_help_panel=RUNNING)
+    ] = 1,
     json: Json = False,
 ) -> None:
     """Sample SFT data with the teacher, or rollouts with the student."""
@@ -106,6 +109,7 @@ def generate(
             limit=limit,
             dtype=dtype.value,
             device=device,
+            tensor_parallel_size=tensor_parallel_size,
             on_progress=lambda done, total, tokens: meter.update(done, total, f"{tokens:,} tokens"),
         )
     if json:

@@ -63,16 +63,18 @@ def generate(
     limit: int | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    tensor_parallel_size: int = 1,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Generated:
     """Sample responses to every prompt and write them with their provenance.
 
     A response that contains one of the strings of `stop` ends with the token that completes it. `batch_size` is the
     number of responses sampled at a time, None for what suits the engine; a run that was killed loses one batch.
+    `tensor_parallel_size` is the number of GPUs over which the engine `vllm` splits the model.
     `on_progress` hears (responses finished, all responses, response tokens so far).
     """
     output, prompts = Path(output), Path(prompts)
-    require_engine(engine)
+    require_engine(engine, tensor_parallel_size)
     batch_size = BATCH_SIZES[engine] if batch_size is None else batch_size
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
@@ -103,6 +105,7 @@ def generate(
         vocab_size=policy.vocab_size,
         dtype=dtype,
         device=device,
+        tensor_parallel_size=tensor_parallel_size,
         longest=max(len(row.ids) for row in rows) + max_response_tokens,
     )
     total = len(rows) * samples_per_prompt
@@ -127,6 +130,7 @@ def generate(
         "batch_size": batch_size,
         "dtype": dtype,
         "device": device,
+        "tensor_parallel_size": tensor_parallel_size,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     with Journal(output.with_name(f"{output.name}.generating"), settings) as journal:

@@ -74,10 +74,17 @@ class Sampler(Protocol):
         """
 
 
-def require_engine(engine: str) -> None:
-    """Raise InputError where no engine of this name samples."""
+def require_engine(engine: str, tensor_parallel_size: int) -> None:
+    """Raise InputError where no engine of this name samples, or none over so many GPUs."""
     if engine not in BATCH_SIZES:
         raise InputError(f"the engine `{engine}` does not sample", expected=", ".join(BATCH_SIZES))
+    if tensor_parallel_size < 1:
+        raise InputError("`tensor_parallel_size` is out of range", expected="1 or more", actual=tensor_parallel_size)
+    if tensor_parallel_size > 1 and engine != "vllm":
+        raise InputError(
+            f"the engine `{engine}` does not split a policy that samples",
+            hint="use `--engine vllm`, or `--device auto`",
+        )
 
 
 def load(
@@ -89,6 +96,7 @@ def load(
     vocab_size: int,
     dtype: str,
     device: str,
+    tensor_parallel_size: int,
     longest: int,
 ) -> Sampler:
     """Load a policy into an engine; `longest` is the most tokens of a prompt with its response."""
@@ -96,7 +104,16 @@ def load(
     if engine == "vllm":
         from lopd_store.samplers.vllm import VllmSampler
 
-        return VllmSampler(files, tokenizer, sampling, strings, vocab_size=vocab_size, dtype=dtype, longest=longest)
+        return VllmSampler(
+            files,
+            tokenizer,
+            sampling,
+            strings,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            longest=longest,
+        )
     from lopd_store.samplers.transformers import load_sampler
 
     return load_sampler(files, tokenizer, sampling, strings, vocab_size=vocab_size, dtype=dtype, device=device)

@@ -34,6 +34,7 @@ class VllmSampler:
         *,
         vocab_size: int,
         dtype: str,
+        tensor_parallel_size: int,
         longest: int,
     ) -> None:
         if sampling.temperature is not None and 0 < sampling.temperature < _LEAST_TEMPERATURE:
@@ -42,7 +43,13 @@ class VllmSampler:
                 expected=f"0, or {_LEAST_TEMPERATURE} and more",
                 actual=sampling.temperature,
             )
-        self._llm = load_llm(files, dtype=dtype, max_model_len=longest, skip_tokenizer_init=not strings)
+        self._llm = load_llm(
+            files,
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=longest,
+            skip_tokenizer_init=not strings,
+        )
         output_width = int(models.load_config(files).get_text_config().vocab_size)
         self._seed, self._strings = sampling.seed, strings
         self._options = {

@@ -134,11 +134,12 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string_or_with_a_s
     assert stopped
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_at_another_temperature_the_samples_are_sharper_and_the_log_probs_still_the_models_own(
-    policy: Path, prompts_file: Path, tmp_path: Path
+    processes: int, policy: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "rollouts.parquet"
-    rollouts = generate(policy, prompts_file, output, *OPTIONS, "--temperature", 0.5)
+    output, options = tmp_path / "rollouts.parquet", ("--temperature", 0.5, "--tensor-parallel-size", processes)
+    rollouts = generate(policy, prompts_file, output, *OPTIONS, *options)
     for rollout, wanted in zip(rollouts, sampled_logprobs(policy, rollouts), strict=True):
         assert rollout.logprobs is not None
         np.testing.assert_allclose(rollout.logprobs, wanted, atol=TOLERANCE)

@@ -215,11 +215,17 @@ def test_progress_ends_with_every_response_and_token(student_dir: Path, prompts:
         ({"stop": ["a"] * 65}, "stop"),
         ({"batch_size": 0}, "batch_size"),
         ({"limit": 0}, "limit"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
     ],
 )
 def test_an_option_out_of_range_is_named(student_dir: Path, prompts: Path, options: dict[str, Any], name: str) -> None:
     with pytest.raises(InputError, match=f"`{name}` is out of range\n  expected  .*1"):
         generate(student_dir, prompts, **options)
+
+
+def test_the_embedded_engine_does_not_split_a_policy(student_dir: Path, prompts: Path) -> None:
+    with pytest.raises(InputError, match=r"`transformers` does not split a policy(?s:.)*hint: use `--engine vllm`"):
+        generate(student_dir, prompts, tensor_parallel_size=2)
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_named(student_dir: Path, tmp_path: Path) -> None:
