@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from distributions import MODEL, PROBLEMS, packaged, write_prompts
 from measure import in_new_process, machine, medians, pin
@@ -37,7 +37,6 @@ from report import Row, table_of_rows, write_section
 import lopd_store
 from lopd_store import models
 from lopd_store.encoding import make_encoding
-from lopd_store.handout import Progress
 from lopd_store.manifest import Scoring
 from lopd_store.plan import make_plan
 from lopd_store.prompts import read_prompts
@@ -57,13 +56,12 @@ WIDTHS = (49_152, 151_936)  # of SmolLM2 and of Qwen3
 class Scale:
     """How much is measured."""
 
-    rollouts: int  # of one turn
-    built: int  # by one worker and by two
-    builds: int  # by two
-    repeats: int  # of everything else
+    rollouts: int  # of what is timed outside of builds, in each turn
+    built: int  # by one worker and by two, in each turn
+    repeats: int
 
 
-FULL, SMALL = Scale(rollouts=12, built=64, builds=5, repeats=3), Scale(rollouts=2, built=8, builds=1, repeats=1)
+FULL, SMALL = Scale(rollouts=12, built=64, repeats=3), Scale(rollouts=2, built=8, repeats=1)
 
 
 def main() -> None:
@@ -86,8 +84,7 @@ def main() -> None:
             *measure_logits(scale),
         ]
         pin(cores)
-        rows += measure_cores(model, rollouts, scale)
-        rows += measure_workers(model, path, Path(scratch), scale)
+        rows += measure_workers(model, rollouts, path, Path(scratch), scale)
     text = f"{introduction(rollouts)}\n\n{table_of_rows(rows)}"
     print(text)
     if not options.small:
@@ -193,87 +190,96 @@ def look_plainly(blocks: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         torch.topk(torch.log_softmax(logits, dim=-1), K)
 
 
-def measure_cores(model: Path, rollouts: list[Rollout], scale: Scale) -> Iterator[Row]:
-    """What a second core adds on this machine where nothing is shared or handed out: bare forward passes alone."""
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    context = multiprocessing.get_context("spawn")
-    together = context.Barrier(len(cores))
-    with ExitStack() as stack:
-        pools = [
-            stack.enter_context(ProcessPoolExecutor(1, context, begin_on_core, (core, model, together)))
-            for core in cores
-        ]
-        times: list[tuple[float, float]] = []
-        for _ in range(scale.repeats):
-            alone = pools[0].submit(time_forward, rollouts, False).result()
-            both = [pool.submit(time_forward, rollouts, True) for pool in pools]
-            times.append((alone, max(one.result() for one in both)))
-    ratio = median(2 * alone / both for alone, both in times)
-    yield Row(what="bare forward passes on two cores beside one", value=ratio, unit="times")
+def measure_workers(model: Path, rollouts: list[Rollout], path: Path, scratch: Path, scale: Scale) -> Iterator[Row]:
+    """Builds by one worker on one core and by two on two, one thread each, in turn, and what a second core can add.
 
-
-_process: dict[str, Any] = {}  # what a process of `measure_cores` keeps
-
-
-def begin_on_core(core: int, model: Path, together: Any) -> None:
-    """Load the model into a process that has one core."""
-    pin([core])
-    torch.set_num_threads(1)
-    _process.update(model=models.load_model(models.find(model)), together=together)
-
-
-def time_forward(rollouts: list[Rollout], together: bool) -> float:
-    """Seconds of the bare forward pass, begun with the other process where `together`."""
-    if together:
-        _process["together"].wait()
-    started = time.perf_counter()
-    forward(_process["model"], rollouts)
-    return time.perf_counter() - started
-
-
-def measure_workers(model: Path, path: Path, scratch: Path, scale: Scale) -> Iterator[Row]:
-    """Builds by one worker on one core and by two on two, in turn, one thread each, from the first scores to the last
-    part written.
-
-    What comes before, mostly loading the teacher, and after, mostly the end of the processes, is told beside it: this
-    build takes a minute, and both are about the same however long one is. A build by two is compared with the builds by
-    one before and after it, because the speed of a shared machine drifts from minute to minute.
+    The speed of a shared machine drifts from minute to minute, and so does what its second core adds. So a build by two
+    is compared with those by one before and after it, and next to it two processes run nothing but forward passes.
     """
     cores = sorted(os.sched_getaffinity(0))
-    taken: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
-    for turn in range(2 * scale.builds + 1):
-        workers = 1 + turn % 2
-        pin(cores[:workers])
-        taken[workers].append(time_build(model, path, scratch / f"build-{turn}", workers))
+    ones, twos, limits = [time_build(model, path, scratch / "build-0", cores[:1])], [], []
+    with Forwards(model, rollouts, cores[:2]) as forwards:
+        for turn in range(1, scale.repeats + 1):
+            limits.append(forwards.ratio())
+            twos.append(time_build(model, path, scratch / f"build-{turn}-by-2", cores[:2]))
+            ones.append(time_build(model, path, scratch / f"build-{turn}", cores[:1]))
     pin(cores)
-    for workers, times in taken.items():
-        before, speed, after = map(median, zip(*times, strict=True))
+    for workers, times in ((1, ones), (2, twos)):
+        speed, seconds = map(median, zip(*times, strict=True))
         yield Row(what=f"build, workers: {workers}", value=speed, unit="positions/s")
-        yield Row(what=f"seconds before its first scores, workers: {workers}", value=before, unit="s")
-        yield Row(what=f"seconds to end and seal, workers: {workers}", value=after, unit="s")
-    one, two = ([speed for _, speed, _ in taken[workers]] for workers in (1, 2))
-    ratios = [2 * speed / (before + after) for before, speed, after in zip(one, two, one[1:], strict=False)]
+        yield Row(what=f"the same from start to seal, workers: {workers}", value=seconds, unit="s")
+    ratios = [
+        2 * two / (before + after) for (before, _), (two, _), (after, _) in zip(ones, twos, ones[1:], strict=False)
+    ]
     yield Row(what="two workers beside one", value=median(ratios), unit="times", target=1.8)
+    yield Row(what="bare forward passes in two processes beside one", value=median(limits), unit="times")
 
 
-def time_build(model: Path, path: Path, output: Path, workers: int) -> tuple[float, float, float]:
-    """Seconds before the first scores of a build, positions per second until all are written, seconds from then on."""
-    heard: list[tuple[float, Progress]] = []
+def time_build(model: Path, path: Path, output: Path, cores: list[int]) -> tuple[float, float]:
+    """Positions per second of a build with a worker for each core, and seconds from its start to its seal.
+
+    The speed is that between a tenth and nine tenths of the positions, when every worker has parts to score: the rest,
+    above all loading the teacher, takes as long in a build of hours.
+    """
+    pin(cores)
+    heard: list[tuple[float, int]] = []
     lengths = RolloutsFile(path).response_lengths
     started = time.perf_counter()
     lopd_store.build(
         teacher=model,
         rollouts=path,
         output=output,
-        workers=workers,
+        workers=len(cores),
         batch_tokens=BATCH_TOKENS,
         part_positions=max(1, PART_ROLLOUTS * int(lengths.sum()) // len(lengths)),
-        on_progress=lambda progress: heard.append((time.perf_counter(), progress)),
+        on_progress=lambda progress: heard.append((time.perf_counter(), progress.positions)),
     )
-    ended = time.perf_counter()
-    begun, first = next((when, progress) for when, progress in heard if progress.positions)
-    written, _ = heard[-1]
-    return begun - started, (first.all_positions - first.positions) / (written - begun), ended - written
+    seconds = time.perf_counter() - started
+    times, positions = zip(*heard, strict=True)
+    tenths = np.array([0.1, 0.9]) * int(lengths.sum())
+    return float(np.diff(tenths)[0] / np.diff(np.interp(tenths, positions, times))[0]), seconds
+
+
+class Forwards:
+    """Bare forward passes over the same rollouts in two processes, each on a core of its own."""
+
+    def __init__(self, model: Path, rollouts: list[Rollout], cores: list[int]) -> None:
+        context = multiprocessing.get_context("spawn")
+        together = context.Barrier(len(cores))
+        told = [(core, model, rollouts, together) for core in cores]
+        self._pools = [ProcessPoolExecutor(1, context, begin_forwards, one) for one in told]
+
+    def __enter__(self) -> Forwards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools:
+            pool.shutdown()
+
+    def ratio(self) -> float:
+        """Speed of both at once beside that of the first alone."""
+        alone = self._pools[0].submit(time_forward, together=False).result()
+        both = [pool.submit(time_forward, together=True) for pool in self._pools]
+        return sum(alone / one.result() for one in both)
+
+
+_process: dict[str, Any] = {}  # what a process of `Forwards` keeps
+
+
+def begin_forwards(core: int, model: Path, rollouts: list[Rollout], together: Any) -> None:
+    """Load the model into a process that has one core."""
+    pin([core])
+    torch.set_num_threads(1)
+    _process.update(model=models.load_model(models.find(model)), rollouts=rollouts, together=together)
+
+
+def time_forward(together: bool) -> float:
+    """Seconds of the bare forward pass, begun with the other process where `together`."""
+    if together:
+        _process["together"].wait()
+    started = time.perf_counter()
+    forward(_process["model"], _process["rollouts"])
+    return time.perf_counter() - started
 
 
 @dataclass
