@@ -203,9 +203,10 @@ def test_a_hub_that_is_too_slow_is_given_up_and_asked_again_later(
     hub: HubServer, unknown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lopd_store.push(unknown, REPO)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
     hub.fault = lambda method, path: Slow(seconds=0.15) if method == "GET" and path.endswith(".zip") else None
-    error = attempt(lambda: lopd_store.pull(REPO, output=tmp_path / "pulled"))
+    with monkeypatch.context() as patience:
+        patience.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
+        error = attempt(lambda: lopd_store.pull(REPO, output=tmp_path / "pulled"))
     assert error is not None and error.startswith("the Hub did not answer as it should: ")
     assert not (tmp_path / "pulled").exists()
     hub.fault = None
