@@ -29,6 +29,7 @@ from lopd_store.errors import DataError, InputError
 from lopd_store.handout import OnNote, OnProgress, check_servers, torch_threads
 from lopd_store.manifest import Counts, Scoring, parse
 from lopd_store.plan import Plan, make_plan
+from lopd_store.processes import require_main_guard
 from lopd_store.remote import Remote, is_remote
 from lopd_store.scoring import DONE, is_done, note_path
 from lopd_store.survey import OnBad, OnSurveyed
@@ -165,11 +166,12 @@ def build(
     compared with those of the models' files, which may be too large to run here.
     Before the first part a few rollouts are scored twice, in other batches; a log-prob that changes by more than
     `max_noise` nats is an error (None stands for 0.01 in float32 and 1 in half precision). `workers` is the number of
-    processes, None for one per processor (a script that asks for several needs `if __name__ == "__main__":`);
-    `threads` is the number of CPU threads of each, which unlike `workers` can change the last bits of a log-prob, and
-    so can `tensor_parallel_size`, the number of GPUs over which the teacher of each worker is split.
-    `ray` is the address of a Ray cluster, or `local`, whose actors are the workers. The first Ctrl-C stops after the
-    parts in hand, the second at once; `on_note` hears lines for people, `on_surveyed` how far the rollouts are read.
+    processes, None for one per GPU or processor; `threads` is the number of CPU threads of each, which unlike `workers`
+    can change the last bits of a log-prob. So can `tensor_parallel_size`, the number of GPUs over which the teacher of
+    each worker is split, by a process for each. A script that asks for several of either needs
+    `if __name__ == "__main__":`. `ray` is the address of a Ray cluster, or `local`, whose actors are the workers. The
+    first Ctrl-C stops after the parts in hand, the second at once; `on_note` hears lines for people, `on_surveyed` how
+    far the rollouts are read.
     """
     settings = Settings(
         teacher=teacher,
@@ -311,6 +313,7 @@ def _scored(
     on_note: OnNote | None,
 ) -> Iterator[tuple[Plan, Path, int | None]]:
     """The build in progress with all parts scored, or those of the share, and how many workers were used; locked."""
+    require_main_guard()
     remote = Remote(str(output)) if is_remote(output) else None
     _require_free(output, remote)
     plan = settings.plan(on_surveyed)
