@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd_store import building as in_progress
-from lopd_store import layout, reader, strictjson
+from lopd_store import layout, models, reader, strictjson
 from lopd_store.audit import audit_sft
 from lopd_store.building import Share
 from lopd_store.digest import digest_bytes, digest_contents
@@ -361,6 +361,7 @@ def _audit_sft(plan: Plan, building: Path, on_audited: OnAudited | None) -> None
             batch_tokens=plan.batch_tokens,
             on_progress=on_audited,
         )
+    models.free_gpus()  # for the teachers of other processes
     write_durably(path, strictjson.pretty(found.to_json()))
 
 

@@ -9,6 +9,7 @@ Pickled weights are never opened. torch and transformers are imported only when 
 
 from __future__ import annotations
 
+import gc
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -267,6 +268,14 @@ def pick_device(asked: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"the device `{asked}` cannot be used", actual=_first_line(error)) from error
     return asked
+
+
+def free_gpus() -> None:
+    """Give back what models that nobody uses any more have taken: torch keeps it for this process."""
+    import torch
+
+    gc.collect()  # what accelerate spreads over devices refers to itself
+    torch.cuda.empty_cache()
 
 
 def _options(files: ModelFiles) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file, save_file
 from transformers import (
     Cohere2Config,
@@ -236,3 +239,20 @@ def test_splitting_leaves_a_model_in_training_mode(student_dir: Path) -> None:
     model = models.load_model(models.find(student_dir)).train()
     models.split(model)
     assert model.training
+
+
+# Memory
+
+
+def test_what_nobody_uses_any_more_is_given_back(model_dir: Path) -> None:
+    model = models.load_model(models.find(model_dir))
+    add_hook_to_module(model, AlignDevicesHook())  # as accelerate does where it spreads a model over devices
+    alive = weakref.ref(model)
+    del model
+    gc.disable()
+    try:
+        assert alive() is not None
+        models.free_gpus()
+    finally:
+        gc.enable()
+    assert alive() is None
