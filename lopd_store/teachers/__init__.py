@@ -2,7 +2,7 @@
 
 One file per engine behind one protocol; `load` picks by name:
 
-    transformers    in this process: every quantity from the full distribution
+    transformers    in this process: every quantity from the full distribution; or split over several, `tensor_parallel`
     vllm            in this process, by vLLM's kernels and scheduler
     http            a running vLLM server
 """
@@ -95,7 +95,13 @@ def load(
     Of what both models find likely, engines that can only ask for it id by id give no more than `k_min` and `coverage`
     will keep.
     """
-    require_engine(engine, reference=reference, server=server, reference_server=reference_server)
+    require_engine(
+        engine,
+        reference=reference,
+        server=server,
+        reference_server=reference_server,
+        tensor_parallel_size=tensor_parallel_size,
+    )
     if engine != "transformers":
         from lopd_store.teachers.union import Choice
 

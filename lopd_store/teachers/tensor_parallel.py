@@ -2,15 +2,17 @@
 
 Each device has a process with a share of every layer. All of them are given every batch and run it in step; what the
 first one finds is the answer. What one of them cannot do, such as fit a batch into its memory, the others do not know
-of, so it ends them all.
+of: they wait for it, and all are ended. They end with the process that started them, too, however that ends.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -26,11 +28,16 @@ from lopd_store.rollouts import Rollout
 from lopd_store.teachers import RolloutScores
 from lopd_store.teachers.transformers import TransformersTeacher, batches
 
+# What one process waits for another. Torch's own five minutes are few where a disk is slow and one loads before the
+# other; that one has ended is noticed at once, whatever this is.
+_PATIENCE = timedelta(hours=2)
+
 
 class TensorParallelTeacher:
     """`TransformersTeacher` over `size` devices, in as many processes, which end with this object.
 
-    Both loading and `score` raise what a process could not do, and UnavailableError where one of them ends.
+    Both loading and `score` raise what a process could not do, and UnavailableError where one of them ends. Then, and
+    where Ctrl-C interrupts them, all have ended, and the object is of no more use.
     """
 
     def __init__(
@@ -89,15 +96,14 @@ class TensorParallelTeacher:
                     answers[line] = answer = line.recv()
                     if isinstance(answer, LopdError):
                         raise answer
-        except (EOFError, OSError) as error:
+        except BaseException as error:
             self._end()
+            if not isinstance(error, EOFError | OSError):
+                raise
             raise UnavailableError(
                 f"one of the {len(self._lines)} processes of the teacher has ended",
                 hint="if it has not said why, memory may have run out: try a smaller `--batch-tokens`",
             ) from error
-        except LopdError:
-            self._end()
-            raise
         return answers[self._lines[0]]
 
 
@@ -105,7 +111,8 @@ def require_tensor_parallel(model: str, size: int, device: str) -> None:
     """Raise InputError where a model cannot be split over so many devices of this kind, or there are not as many."""
     if device not in ("cpu", "cuda"):
         raise InputError(
-            f"the device `{device}` is not one of several",
+            f"a teacher cannot be split over the device `{device}`",
+            expected="cuda or cpu",
             hint="leave `--device` out, or `--tensor-parallel-size`",
         )
     if device == "cuda" and torch.cuda.device_count() < size:
@@ -136,6 +143,7 @@ def require_tensor_parallel(model: str, size: int, device: str) -> None:
 
 def _run(line: Connection, rank: int, port: int, threads: int, settings: dict[str, Any]) -> None:
     """What each process does: load its share, then score whatever it is given, until nobody asks any more."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if settings["device"] == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers would take GPUs where there are any
     os.environ["LOCAL_RANK"] = str(rank)
@@ -143,26 +151,36 @@ def _run(line: Connection, rank: int, port: int, threads: int, settings: dict[st
     try:
         torch.distributed.init_process_group(
             "gloo" if settings["device"] == "cpu" else "nccl",
-            store=TCPStore("127.0.0.1", port),
+            store=TCPStore("127.0.0.1", port, timeout=_PATIENCE),
             rank=rank,
             world_size=settings["tensor_parallel_size"],
+            timeout=_PATIENCE,
         )
         teacher = TransformersTeacher(**settings)
         line.send(teacher.context_length)
         while True:
             scores = list(teacher.score(*line.recv()))
             line.send(scores if rank == 0 else None)
-    except EOFError:
-        pass
     except LopdError as error:
         line.send(error)
+        line.poll(None)  # the others may be in a step with this process, and would fail where it ended
+    except (EOFError, BrokenPipeError):
+        pass
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent has ended, in the middle of a step, too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _end(processes: list[BaseProcess], lines: list[Connection]) -> None:
     """End the processes, which may be waiting for one another."""
-    for line in lines:
-        line.close()
     for process in processes:
-        process.terminate()
+        process.kill()
     for process in processes:
         process.join()
+    for line in lines:
+        line.close()

@@ -74,7 +74,8 @@ class TransformersTeacher:
         """What `compute` makes of the logits of each rollout, in any order; arrays with one row per position.
 
         It is called with (targets [positions], logits [positions, output width] of each model), some positions at a
-        time. Raises UnavailableError where not even one rollout fits into memory.
+        time. Raises UnavailableError where not even one rollout fits into memory, or a batch does not that other
+        processes have begun in step.
         """
         order, start, batch_tokens = _longest_first(rollouts), 0, self._batch_tokens
         while start < len(order):
@@ -83,6 +84,12 @@ class TransformersTeacher:
             if found is not None:
                 yield from zip(batch, found, strict=True)
                 start += len(batch)
+            elif len(batch) > 1 and self._in_step:
+                raise UnavailableError(
+                    f"{len(batch)} rollouts of up to {_length(rollouts[batch[0]])} tokens do not fit into the memory "
+                    "that is free",
+                    hint="try a smaller `--batch-tokens`",
+                )
             elif len(batch) > 1:
                 batch_tokens = len(batch) * _length(rollouts[batch[0]]) // 2
             else:
@@ -98,11 +105,6 @@ class TransformersTeacher:
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            if self._in_step:
-                raise UnavailableError(
-                    f"{len(rollouts)} rollouts of up to {_length(rollouts[0])} tokens do not fit into the memory",
-                    hint="try a smaller `--batch-tokens`",
-                ) from error
             return None
         ends = np.cumsum([len(rollout.response_ids) for rollout in rollouts])[:-1]
         pieces = {name: np.split(column, ends) for name, column in columns.items()}

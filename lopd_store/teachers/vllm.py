@@ -1,4 +1,4 @@
-"""vLLM in this process: its scheduler and its kernels, on one GPU or on the CPU.
+"""vLLM in this process: its scheduler and its kernels, on GPUs or on the CPU.
 
 It runs in an environment of its own beside lopd (`pip install vllm`). vLLM gives the k likeliest ids of every prompt
 token; see `flat` for what that leaves unknown. Log-probs of prompts are never taken from a prefix cache, and a token is

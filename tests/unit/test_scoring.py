@@ -515,6 +515,8 @@ def test_a_teacher_in_several_processes_does_not_halve_its_batches_alone(teacher
     teacher._in_step = True
     with pytest.raises(UnavailableError, match=r"2 rollouts of up to 12 tokens do not fit(?s:.)*smaller `--batch-tok"):
         list(teacher.score([rollout([7] * 4, [8] * 8)] * 2, K))
+    with pytest.raises(UnavailableError, match=r"a rollout of 12 tokens does not fit(?s:.)*hint: try `--dtype"):
+        list(teacher.score([rollout([7] * 4, [8] * 8)], K))
 
 
 def test_an_error_that_is_not_about_memory_passes_through(teacher_dir: Path) -> None:

@@ -49,6 +49,12 @@ def test_the_http_engine_needs_a_server_and_no_other_has_one(tmp_path: Path) -> 
         lopd_store.build(**nothing, engine="vllm", reference_server="http://localhost:1")
 
 
+def test_the_http_engine_leaves_the_splitting_of_a_teacher_to_its_server(tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {"teacher": "no-model", "rollouts": "no-file", "output": tmp_path / "artifact"}
+    with pytest.raises(InputError, match=r"does not split a teacher(?s:.)*`vllm serve --tensor-parallel-size N`"):
+        lopd_store.build(**nothing, engine="http", server="http://localhost:1", tensor_parallel_size=2)
+
+
 def test_the_vllm_engine_says_where_vllm_is_missing(teacher_dir: Path) -> None:
     with pytest.raises(InputError, match="vLLM is not installed here\n\nhint: pip install vllm"):
         load("vllm", str(teacher_dir), vocab_size=300, dtype="float32", device="cpu", batch_tokens=64)

@@ -6,7 +6,11 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from tests.gguf import save_tiny_gguf
 from tests.tiny import save_tiny_model
 from tests.unit.conftest import LENGTHS
 
+ROOT = Path(__file__).parents[2]
 VOCAB_SIZE, K = 300, 20
 TOLERANCE = 1e-4  # nat, in float32: sums in another order
 SMALL = {
@@ -107,6 +112,59 @@ def test_a_process_that_is_killed_is_said_and_leaves_none_behind(split: TensorPa
     assert not _children()
 
 
+@pytest.mark.system  # starts two processes
+def test_an_interrupt_in_the_middle_of_a_step_leaves_no_process_behind(teacher_dir: Path) -> None:
+    teacher = load_teacher(teacher_dir, 2)
+    os.kill(_children()[0], signal.SIGSTOP)  # so that the other waits for it
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    with pytest.raises(KeyboardInterrupt):
+        list(teacher.score(ROLLOUTS, K))
+    assert not _children()
+
+
+PARENT = """
+import multiprocessing, os, signal, sys
+from lopd_store.teachers import load
+from tests.artifacts import rollout
+
+if __name__ == "__main__":
+    settings = {"vocab_size": 300, "dtype": "float32", "device": "cpu", "batch_tokens": 64}
+    teacher = load("transformers", sys.argv[1], tensor_parallel_size=2, **settings)
+    waits, stopped = (process.pid for process in multiprocessing.active_children())
+    os.kill(stopped, signal.SIGSTOP)
+    print(waits, stopped, flush=True)
+    list(teacher.score([rollout([7] * 4, [8] * 8)], 20))
+"""
+
+
+@pytest.mark.system  # starts three processes
+def test_the_processes_end_with_the_one_that_started_them_in_the_middle_of_a_step(
+    teacher_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", teacher_dir],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None and parent.stderr is not None
+        waits, stopped = map(int, parent.stdout.readline().split())
+        time.sleep(1)  # until it is in the step
+        parent.kill()
+        deadline = time.monotonic() + 30
+        while _runs(waits) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        ended = not _runs(waits)
+        for process in (waits, stopped):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        assert ended and parent.stderr.read() == ""
+
+
 def test_what_a_process_finds_wrong_is_said_here(teacher_dir: Path, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "lacking", seed=1)
     weights = load_file(model / "model.safetensors")
@@ -161,7 +219,7 @@ def itself(tmp_path: Path, model: Path) -> Path:
         (gguf, 2, "cpu", r"`tiny.gguf` cannot be split over devices\n  expected  safetensors of a whole model"),
         (gpt2, 2, "cpu", "transformers has no tensor parallelism for a `gpt2`(?s:.)*hint: use `--device auto`"),
         (itself, 3, "cpu", "over 3 devices\n  expected  a number that divides its 2 key-value heads\n  actual    3"),
-        (itself, 2, "auto", "the device `auto` is not one of several"),
+        (itself, 2, "auto", "split over the device `auto`\n  expected  cuda or cpu"),
         (itself, 1 + torch.cuda.device_count(), "cuda", "`tensor_parallel_size` is out of range\n  expected  at most"),
     ],
 )
@@ -175,3 +233,10 @@ def test_what_cannot_be_split_is_refused_before_anything_is_loaded(
 def _children() -> list[int]:
     """Processes that this one has started and that still run."""
     return [process.pid for process in multiprocessing.active_children() if process.pid is not None]
+
+
+def _runs(process: int) -> bool:
+    """Whether this process has not ended; a dead one that nobody has asked about has."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
