@@ -147,8 +147,7 @@ def _require_answer(address: str) -> None:
 
 
 def _room(ray: Any, plan: Plan) -> int:
-    """Workers that the cluster has room for."""
-    resources = ray.cluster_resources()
-    if plan.device != "cpu":
-        return max(1, int(resources.get("GPU", 0)) // plan.tensor_parallel_size)
-    return max(1, int(resources.get("CPU", 1)) // (plan.threads * plan.tensor_parallel_size))
+    """Workers that the nodes of the cluster have room for; what one of them needs has to be on one node."""
+    kind, needed = ("CPU", plan.threads) if plan.device == "cpu" else ("GPU", 1)
+    here = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
+    return max(1, sum(count // (needed * plan.tensor_parallel_size) for count in here))

@@ -107,3 +107,17 @@ def actors() -> list[int]:
 def test_an_error_on_a_cluster_is_told_like_one_in_this_process(build: tuple[object, ...], tmp_path: Path) -> None:
     ran = run_process("lopd-store", *build, "--ray", "127.0.0.1:1", "--workers", 2)
     assert ran.code == 3 and "error: no Ray cluster at `127.0.0.1:1`" in ran.stderr
+
+
+def test_nodes_have_no_worker_between_them(build: tuple[object, ...]) -> None:
+    """On two nodes of three processors there is a worker of two threads each; a third would wait for ever."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=3)
+        ran = run_process("lopd-store", *build, "--ray", cluster.address, "--threads", 2)
+    finally:
+        cluster.shutdown()
+    assert ran.code == 0, ran.stderr
