@@ -93,17 +93,18 @@ class TensorParallelTeacher:
             while waiting := [line for line in self._lines if line not in answers]:
                 ready = wait(waiting)
                 for line in filter(ready.__contains__, waiting):
-                    answers[line] = answer = line.recv()
+                    answer = line.recv()
                     if isinstance(answer, LopdError):
                         raise answer
-        except BaseException as error:
-            self._end()
-            if not isinstance(error, EOFError | OSError):
-                raise
+                    answers[line] = answer
+        except (EOFError, OSError) as error:
             raise UnavailableError(
                 f"one of the {len(self._lines)} processes of the teacher has ended",
                 hint="if it has not said why, memory may have run out: try a smaller `--batch-tokens`",
             ) from error
+        finally:
+            if len(answers) < len(self._lines):
+                self._end()
         return answers[self._lines[0]]
 
 
