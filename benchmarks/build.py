@@ -1,6 +1,6 @@
 """The build in numbers: the embedded engine beside the bare forward pass, what follows the teacher, memory, workers.
 
-    python benchmarks/build.py            # all of it, in twenty minutes; `make bench-build`
+    python benchmarks/build.py            # all of it, in a quarter of an hour; `make bench-build`
     python benchmarks/build.py --small    # the first few rollouts, one turn; keeps no results
 
 The teacher is SmolLM2-135M-Instruct and its text HumanEval's solutions given as answers. Engine and forward pass take
