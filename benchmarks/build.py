@@ -61,7 +61,7 @@ class Scale:
     repeats: int
 
 
-FULL, SMALL = Scale(rollouts=12, built=64, repeats=3), Scale(rollouts=2, built=8, repeats=1)
+FULL, SMALL = Scale(rollouts=12, built=64, repeats=5), Scale(rollouts=2, built=8, repeats=1)
 
 
 def main() -> None:
@@ -270,6 +270,7 @@ def begin_forwards(core: int, model: Path, rollouts: list[Rollout], together: An
     """Load the model into a process that has one core."""
     pin([core])
     torch.set_num_threads(1)
+    models.keep_freed_memory("cpu")  # as the engine does
     _process.update(model=models.load_model(models.find(model)), rollouts=rollouts, together=together)
 
 

@@ -361,7 +361,7 @@ def _audit_sft(plan: Plan, building: Path, on_audited: OnAudited | None) -> None
             batch_tokens=plan.batch_tokens,
             on_progress=on_audited,
         )
-    models.free_gpus()  # for the teachers of other processes
+    models.free_memory()  # for the teachers of other processes
     write_durably(path, strictjson.pretty(found.to_json()))
 
 

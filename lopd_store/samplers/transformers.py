@@ -24,6 +24,7 @@ def load_sampler(
     device: str,
 ) -> TransformersSampler:
     """Load a policy to sample from."""
+    models.keep_freed_memory(device)
     model = models.load_model(files, dtype=dtype, device=device)
     stop_ids = models.stop_token_ids(model.generation_config, tokenizer)
     return TransformersSampler(model, sampling, stop_ids, vocab_size, strings)

@@ -46,6 +46,7 @@ class TransformersTeacher:
         reference: str | None = None,
         tensor_parallel_size: int = 1,  # how many processes like this one have a share of it; see `tensor_parallel`
     ) -> None:
+        models.keep_freed_memory(device)
         options: dict[str, Any] = {"dtype": dtype, "device": device, "tensor_parallel_size": tensor_parallel_size}
         loaded = [models.load_model(models.find(name), **options) for name in (model, reference) if name]
         self._splits = [models.split(one) for one in loaded]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import json
+import platform
+import resource
 import shutil
 import weakref
 from collections.abc import Callable
@@ -243,6 +245,31 @@ def test_splitting_leaves_a_model_in_training_mode(student_dir: Path) -> None:
 
 # Memory
 
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+
+
+def use_memory() -> int:
+    """Have several blocks at a time, ten times over, and free them; returns how many pages were handed out."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        [torch.ones(size << 20) for size in (1, 2, 4, 8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@needs_glibc
+def test_what_a_model_on_the_cpu_frees_is_used_again() -> None:
+    models.keep_freed_memory("cpu")
+    use_memory()
+    assert use_memory() < 16 * 1024
+
+
+@needs_glibc
+def test_memory_that_is_kept_can_be_given_back() -> None:
+    models.keep_freed_memory("cpu")
+    use_memory()
+    models.free_memory()
+    assert use_memory() > 8 * 1024
+
 
 def test_what_nobody_uses_any_more_is_given_back(model_dir: Path) -> None:
     model = models.load_model(models.find(model_dir))
@@ -252,7 +279,7 @@ def test_what_nobody_uses_any_more_is_given_back(model_dir: Path) -> None:
     gc.disable()
     try:
         assert alive() is not None
-        models.free_gpus()
+        models.free_memory()
     finally:
         gc.enable()
     assert alive() is None
