@@ -63,7 +63,6 @@ class Student:
 def load(model: str | Path, config: TrainConfig, world: World = ALONE) -> Student:
     """Load a student with float32 weights, or frozen ones with adapters; sharded where there are several processes."""
     files, device = models.find(model), models.pick_device(config.device and own_device(config.device))
-    models.keep_freed_memory(device)
     # Beside adapters, which are float32, the weights only stand there; but the same FSDP unit wants a single dtype.
     kept = config.dtype if config.lora_rank and world.size == 1 else "float32"
     loaded = models.load_model(files, dtype=kept, device=device if world.size == 1 else "cpu")

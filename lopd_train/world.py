@@ -90,7 +90,8 @@ def shard(model: Any, world: World, dtype: torch.dtype, device: str) -> Callable
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(torch.device(device).type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+    arithmetic = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=arithmetic, reduce_dtype=torch.float32)
     for module in [*blocks(model), model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     model.call_gathered = MethodType(lambda _, function, *arguments: function(*arguments), model)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import platform
-import resource
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,9 @@ from lopd_store import models
 from lopd_store.errors import DataError, InputError, UnavailableError
 from lopd_store.identity import identify
 from tests.gguf import save_tiny_gguf
+from tests.memory import ONE_USE, use_memory
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -248,19 +253,19 @@ def test_splitting_leaves_a_model_in_training_mode(student_dir: Path) -> None:
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 
 
-def use_memory() -> int:
-    """Have several blocks at a time, ten times over, and free them; returns how many pages were handed out."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        [torch.ones(size << 20) for size in (1, 2, 4, 8)]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
 @needs_glibc
-def test_what_a_model_on_the_cpu_frees_is_used_again() -> None:
-    models.keep_freed_memory("cpu")
-    use_memory()
-    assert use_memory() < 16 * 1024
+def test_a_process_that_samples_or_scores_on_the_cpu_uses_again_what_it_frees(
+    student_dir: Path, teacher_dir: Path, prompts_file: Path, rollouts_file: Path, tmp_path: Path
+) -> None:
+    sample = "generate(model=sys.argv[1], prompts=sys.argv[2], output='sampled.parquet', max_response_tokens=4)"
+    score = "build(teacher=sys.argv[1], rollouts=sys.argv[2], output='artifact')"
+    for work, *read in ((sample, student_dir, prompts_file), (score, teacher_dir, rollouts_file)):
+        imports = "import sys, lopd_store; from tests.memory import use_memory"
+        code = f"{imports}; lopd_store.{work}; use_memory(); print(use_memory())"
+        command = [sys.executable, "-c", code, *map(str, read)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert int(done.stdout or -1) in range(ONE_USE), done.stderr
 
 
 @needs_glibc
@@ -268,7 +273,7 @@ def test_memory_that_is_kept_can_be_given_back() -> None:
     models.keep_freed_memory("cpu")
     use_memory()
     models.free_memory()
-    assert use_memory() > 8 * 1024
+    assert use_memory() > ONE_USE // 2
 
 
 def test_what_nobody_uses_any_more_is_given_back(model_dir: Path) -> None:
